@@ -1,0 +1,271 @@
+"""Dataclass fields → command-line flags; presets, recipes, saved configurations; "did you mean"."""
+
+import argparse
+import dataclasses
+import difflib
+import shlex
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from gpt2_xla.config import PRESETS, ModelConfig
+from gpt2_xla.errors import UserError
+
+Config = TypeVar("Config")
+RECIPES = Path(__file__).resolve().parent.parent / "configs"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One field of one group, as a command-line flag."""
+
+    group: str | None  # the attribute that holds the group's dataclass; None for a flat configuration
+    title: str
+    field: dataclasses.Field[Any]
+    type: Any
+
+    @property
+    def name(self) -> str:
+        return "--" + self.field.name.replace("_", "-")
+
+    @property
+    def key(self) -> str:
+        return self.field.name
+
+    @property
+    def help(self) -> str:
+        text = self.field.metadata["help"]
+        if self.field.default is None or "default:" in text:
+            return text
+        default = self.field.default
+        if isinstance(default, tuple):
+            default = " ".join(map(str, default)) or "none"
+        elif isinstance(default, bool):
+            default = "on" if default else "off"
+        return f"{text} (default: {default})"
+
+    @property
+    def metavar(self) -> str | None:
+        """What stands for the value in --help: the choices, or the kind of value."""
+        inner = _inner(self.type)
+        if inner is bool:
+            return None
+        if typing.get_origin(inner) is Literal:
+            return "{" + ",".join(typing.get_args(inner)) + "}"
+        element = typing.get_args(inner)[0] if typing.get_origin(inner) is tuple else inner
+        return {int: "N", float: "X", str: "TEXT"}[element]
+
+
+@dataclass(frozen=True)
+class Parsed(Generic[Config]):
+    """A configuration and the names of the fields that the command itself set (by flag, preset or recipe)."""
+
+    config: Config
+    explicit: frozenset[str]
+
+
+def flags_of(config_type: type) -> list[Flag]:
+    """All flags of a configuration: of its groups if its fields are dataclasses, else its own."""
+    types_ = typing.get_type_hints(config_type)
+    flags = []
+    for field in dataclasses.fields(config_type):
+        inner = types_[field.name]
+        if dataclasses.is_dataclass(inner):
+            hints = typing.get_type_hints(inner)
+            title = inner.__doc__ or field.name
+            flags += [Flag(field.name, title, f, hints[f.name]) for f in dataclasses.fields(inner)]
+        else:
+            flags.append(Flag(None, config_type.__doc__ or "Options", field, inner))
+    return flags
+
+
+def parser_for(config_type: type, description: str, prog: str | None = None) -> argparse.ArgumentParser:
+    """The argparse parser whose groups and help texts are the configuration's."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s [--flag value ...]",
+        description=description,
+        allow_abbrev=False,
+        add_help=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+    )
+    general = parser.add_argument_group("General")
+    general.add_argument("-h", "--help", action="help", help="show this text")
+    if _has_model(config_type):
+        general.add_argument("--preset", metavar="{" + ",".join(PRESETS) + "}", help="model size (default: gpt2)")
+        general.add_argument("--recipe", metavar="NAME", help="flags from configs/NAME.flags, or from a file; later flags win")
+    groups: dict[str, Any] = {}
+    for flag in flags_of(config_type):
+        group = groups.setdefault(flag.title, parser.add_argument_group(flag.title) if flag.title not in groups else None)
+        help_text = flag.help.replace("%", "%%")
+        if _inner(flag.type) is bool:
+            group.add_argument(flag.name, dest=flag.key, action=argparse.BooleanOptionalAction, help=help_text)
+        else:
+            many = typing.get_origin(_inner(flag.type)) is tuple
+            group.add_argument(flag.name, dest=flag.key, metavar=flag.metavar, nargs="*" if many else "?", help=help_text)
+    return parser
+
+
+def parse(
+    config_type: type[Config],
+    argv: list[str],
+    description: str,
+    prog: str | None = None,
+    base: Config | None = None,
+) -> Parsed[Config]:
+    """Parse `argv` into a configuration; collect every mistake before raising one `UserError`.
+
+    Precedence, weakest first: the dataclass defaults (or `base`, a saved configuration), --preset, --recipe, flags.
+    """
+    parser = parser_for(config_type, description, prog)
+    raw = vars(_parse_tokens(parser, argv))
+    mistakes: list[str] = raw.pop("mistakes")
+    if "recipe" in raw:
+        recipe = raw.pop("recipe") or "(nothing)"
+        from_recipe = vars(_parse_tokens(parser, read_recipe(recipe)))
+        mistakes += [f"in recipe {recipe}: {m}" for m in from_recipe.pop("mistakes")]
+        raw = from_recipe | raw
+    values: dict[str, Any] = {}
+    if "preset" in raw:
+        preset = raw.pop("preset") or "(nothing)"
+        if preset in PRESETS:
+            values |= PRESETS[preset]
+        else:
+            mistakes.append(f"--preset {preset} is unknown{did_you_mean(preset, PRESETS)}; there are {', '.join(PRESETS)}")
+    flags = {flag.key: flag for flag in flags_of(config_type)}
+    for key, text in raw.items():
+        if text is None:
+            mistakes.append(f"{flags[key].name} needs a value")
+            continue
+        try:
+            values[key] = convert(text, flags[key].type, flags[key].name)
+        except UserError as error:
+            mistakes += error.mistakes
+    if mistakes:
+        raise UserError(mistakes)
+    return Parsed(replace_fields(base if base is not None else config_type(), values), frozenset(values))
+
+
+def replace_fields(config: Config, values: dict[str, Any]) -> Config:
+    """A copy of the configuration with fields replaced, wherever in its groups they stand."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        current = getattr(config, field.name)
+        if dataclasses.is_dataclass(current) and not isinstance(current, type):
+            own = {f.name: values[f.name] for f in dataclasses.fields(current) if f.name in values}
+            changes[field.name] = dataclasses.replace(current, **own)
+        elif field.name in values:
+            changes[field.name] = values[field.name]
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def from_dict(config_type: type[Config], saved: dict[str, Any]) -> Config:
+    """The inverse of `config.to_dict`; fields that another entry point saved and this one lacks are left out.
+
+    Raises `UserError` for a value of the wrong type.
+    """
+    values = {}
+    for flag in flags_of(config_type):
+        group = saved.get(flag.group, {}) if flag.group else saved
+        if isinstance(group, dict) and flag.key in group:
+            value = group[flag.key]
+            values[flag.key] = None if value is None else convert(value, flag.type, f"saved option {flag.key}")
+    return replace_fields(config_type(), values)
+
+
+def read_recipe(name: str) -> list[str]:
+    """The flags in configs/NAME.flags or in the file NAME: shell words, # comments."""
+    path = Path(name) if Path(name).is_file() else RECIPES / f"{name}.flags"
+    if not path.is_file():
+        known = sorted(p.stem for p in RECIPES.glob("*.flags"))
+        raise UserError(
+            f"--recipe {name}: no such file or recipe{did_you_mean(name, known)}; there are {', '.join(known) or 'none'}"
+        )
+    tokens = shlex.split(path.read_text(), comments=True)
+    if "--recipe" in tokens:
+        raise UserError(f"{path}: a recipe cannot name another --recipe")
+    return tokens
+
+
+def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
+    """`, did you mean X?` for the nearest known word, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def convert(value: Any, type_: Any, name: str) -> Any:
+    """A string (or JSON value) as the field's type; raises `UserError` that says what was expected."""
+    inner = _inner(type_)
+    if typing.get_origin(inner) is tuple:
+        elements = typing.get_args(inner)
+        if elements[-1] is not Ellipsis and len(value) != len(elements):
+            raise UserError(f"{name} takes {len(elements)} values, got {len(value)}: {' '.join(map(str, value))}")
+        return tuple(convert(v, elements[0], name) for v in value)
+    if typing.get_origin(inner) is Literal:
+        choices = typing.get_args(inner)
+        if value not in choices:
+            raise UserError(f"{name} {value} is not one of {', '.join(choices)}{did_you_mean(str(value), choices)}")
+        return value
+    if inner is bool:
+        return bool(value)
+    try:
+        if inner is int and isinstance(value, str):
+            return int(value.replace("_", ""))
+        return inner(value)
+    except (TypeError, ValueError):
+        kind = {int: "a whole number", float: "a number", str: "text"}[inner]
+        raise UserError(f"{name} {value} is not {kind}") from None
+
+
+class _Mistake(Exception):
+    """What argparse would have printed before exiting."""
+
+
+def _parse_tokens(parser: argparse.ArgumentParser, tokens: list[str]) -> argparse.Namespace:
+    """Parse into raw strings; unknown flags and missing values become `mistakes`, with the nearest known flag."""
+    known = {option for action in parser._actions for option in action.option_strings}
+
+    def fail(message: str) -> typing.NoReturn:
+        raise _Mistake(message)
+
+    parser.error = fail  # type: ignore[method-assign]
+    try:
+        namespace, rest = parser.parse_known_args(tokens)
+    except _Mistake as mistake:
+        namespace, rest = argparse.Namespace(), []
+        mistakes = [str(mistake).removeprefix("argument ")]
+        mistakes += _unknown([t for t in tokens if t.startswith("--") and t.split("=")[0] not in known], known)
+    else:
+        mistakes = _unknown(rest, known)
+    namespace.mistakes = mistakes
+    return namespace
+
+
+def _unknown(rest: list[str], known: set[str]) -> list[str]:
+    """A sentence for each token that no flag took; the value after an unknown flag goes with it."""
+    mistakes = []
+    after_flag = False
+    for token in rest:
+        if token.startswith("-") and not token.lstrip("-")[:1].isdigit():
+            name = token.split("=")[0]
+            mistakes.append(f"unknown flag {name}{did_you_mean(name, known) or '; --help lists them'}")
+            after_flag = "=" not in token
+        elif not after_flag:
+            mistakes.append(f"unexpected argument {token!r}; every option is a --flag")
+        else:
+            after_flag = False
+    return mistakes
+
+
+def _inner(type_: Any) -> Any:
+    """`int` for `int | None`."""
+    if isinstance(type_, types.UnionType):
+        return next(t for t in typing.get_args(type_) if t is not types.NoneType)
+    return type_
+
+
+def _has_model(config_type: type) -> bool:
+    return any(t is ModelConfig for t in typing.get_type_hints(config_type).values())

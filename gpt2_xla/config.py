@@ -1,0 +1,231 @@
+"""Every option of the training commands, declared once: a dataclass field, a flag, a line of --help and of docs.
+
+A field's name is its flag (`seq_length` is `--seq-length`), its type and default are the flag's, its help stands beside it.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field that is also a command-line flag. A bool also takes --no-NAME."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Model"""
+
+    vocab_size: int | None = option(None, "vocabulary size V; default: the tokenizer's, from the data's manifest (50257 without one)")
+    seq_length: int = option(1024, "sequence length T, in tokens: the context the model sees")
+    d_model: int = option(768, "model dimension C")
+    num_layers: int = option(12, "number of transformer blocks")
+    num_heads: int = option(12, "attention heads H; must divide --d-model")
+    d_ff: int | None = option(None, "hidden dimension of the MLP; default: 4 x --d-model")
+    dropout: float = option(0.0, "dropout probability on embeddings, attention weights and residual branches")
+    activation: Literal["gelu", "relu"] = option("gelu", "MLP non-linearity; gelu is GPT-2's tanh approximation")
+    tie_weights: bool = option(True, "share the token embedding with the output layer, as GPT-2 does")
+
+    @property
+    def hidden_dim(self) -> int:
+        """The MLP's hidden dimension, with the default filled in."""
+        return self.d_ff if self.d_ff is not None else 4 * self.d_model
+
+    @property
+    def vocabulary(self) -> int:
+        """The vocabulary size, with GPT-2's where neither a flag nor a manifest said one."""
+        return self.vocab_size if self.vocab_size is not None else 50257
+
+
+# Sizes from the GPT-2 paper, table 2, with the head counts of the released models. `tiny` is for laptops.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(seq_length=128, d_model=192, num_layers=4, num_heads=4),
+    "gpt2": dict(seq_length=1024, d_model=768, num_layers=12, num_heads=12),
+    "gpt2-medium": dict(seq_length=1024, d_model=1024, num_layers=24, num_heads=16),
+    "gpt2-large": dict(seq_length=1024, d_model=1280, num_layers=36, num_heads=20),
+    "gpt2-xl": dict(seq_length=1024, d_model=1600, num_layers=48, num_heads=25),
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data"""
+
+    train_dir: str | None = option(None, "folder of token shards to train on (from scripts/prepare_*.py)")
+    valid_dir: str | None = option(None, "folder of token shards to validate on; default: no validation")
+    train_batch_size: int = option(32, "sequences per micro-step, over all replicas together")
+    eval_batch_size: int = option(32, "sequences per validation step, over all replicas together")
+    gradient_accum_step: int = option(16, "micro-steps whose gradients are averaged into one optimizer step")
+    shuffle: bool = option(True, "visit the training windows in a seeded random order, a new one each epoch; --no-shuffle reads in order")
+    verify_data: Literal["auto", "full", "size"] = option(
+        "auto", "check shards before training: full compares sha256, size only lengths, auto is full up to 1 GiB"
+    )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedule"""
+
+    optim_type: Literal["adamw", "adam"] = option("adamw", "optimizer; weight decay applies to matrices only")
+    learning_rate: float = option(6e-4, "peak learning rate")
+    betas: tuple[float, float] = option((0.9, 0.95), "Adam's two decay rates")
+    weight_decay: float = option(0.1, "weight decay of matrices (biases and LayerNorm have none)")
+    max_grad_norm: float = option(1.0, "clip the global gradient norm to this; 0 does not clip")
+    decay_method: Literal["cosine", "linear", "noam", "trapezoid"] = option(
+        "cosine", "learning-rate decay after warm-up; trapezoid holds the peak, then falls linearly over --decay-steps (WSD)"
+    )
+    warmup_steps: int = option(715, "steps of linear warm-up from 0 to the peak")
+    min_lr: float = option(6e-5, "learning rate that the decay ends at")
+    decay_steps: int | None = option(
+        None, "cosine, linear: the step at which --min-lr is reached (default --train-steps); trapezoid: length of the final fall (default 1/5 of it)"
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Run and checkpoints"""
+
+    train_steps: int = option(19073, "optimizer steps in all, those before a resume included")
+    valid_steps: int | None = option(None, "validation steps per evaluation; default: the whole of --valid-dir")
+    valid_interval: int = option(250, "validate every N steps; 0 only at the end")
+    save_interval: int = option(1000, "save a checkpoint every N steps; 0 only at the end")
+    saved_checkpoint_limit: int = option(3, "checkpoints to keep, newest first; the best by validation loss is kept besides")
+    checkpoints_dir: str = option("runs/gpt2", "the run's folder: checkpoints, config.json, metrics.jsonl")
+    resume: bool = option(False, "continue from the newest good checkpoint in --checkpoints-dir")
+    from_checkpoint: str | None = option(None, "continue from this checkpoint folder instead")
+    do_test: bool = option(False, "do not train: evaluate the checkpoint on --valid-dir, print loss and perplexity")
+    seed: int = option(1337, "seed of the initial weights, the data order and dropout")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Logging"""
+
+    log_interval: int = option(10, "fetch and log the training loss every N steps")
+    wandb_logging: bool = option(False, "also log to Weights & Biases")
+    wandb_project: str = option("gpt2_xla", "W&B project")
+    wandb_name: str | None = option(None, "W&B run name; default: the run folder's name")
+    wandb_tags: tuple[str, ...] = option((), "W&B tags")
+    wandb_notes: str | None = option(None, "W&B notes")
+    wandb_resume_id: str | None = option(None, "continue this W&B run")
+    wandb_logging_interval: int | None = option(None, "log training metrics to W&B every N steps, a multiple of --log-interval (its default)")
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Device and precision"""
+
+    mixed_precision: Literal["no", "bf16", "fp16"] = option(
+        "bf16", "matmul precision under autocast; weights, optimizer state and loss stay float32. fp16 is for CUDA GPUs and uses a gradient scaler"
+    )
+    matmul_precision: Literal["highest", "high", "medium"] = option("highest", "precision of float32 matmuls; high lets CUDA use TF32")
+    loss_chunk: int = option(2048, "tokens per chunk of output layer and loss, so that no full float32 logits are ever held; 0 for one chunk")
+
+
+@dataclass(frozen=True)
+class TorchConfig(RuntimeConfig):
+    """Device and precision"""
+
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option("auto", "device; auto takes the accelerator that torch finds, else the CPU")
+    ddp_backend: Literal["auto", "gloo", "nccl"] = option("auto", "torch.distributed backend under torchrun; auto is nccl on CUDA, else gloo")
+    compile: bool = option(False, "compile the model with torch.compile")
+
+
+@dataclass(frozen=True)
+class XlaConfig(RuntimeConfig):
+    """Device and precision"""
+
+    mp_start_method: Literal["spawn", "fork"] = option("spawn", "how xmp.spawn starts the replicas' processes")
+    use_syncfree_optim: bool = option(True, "torch_xla's sync-free AdamW/Adam, which skips a step with non-finite gradients on the device")
+    loader_prefetch_size: int = option(8, "host batches that MpDeviceLoader keeps ready")
+    device_prefetch_size: int = option(4, "device batches that MpDeviceLoader keeps ready")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """All that a training run is a function of; written to the run folder's config.json."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig = RunConfig()
+    logging: LoggingConfig = LoggingConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences that one optimizer step sees, over all replicas and micro-steps."""
+        return self.data.train_batch_size * self.data.gradient_accum_step
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step sees."""
+        return self.sequences_per_step * self.model.seq_length
+
+
+@dataclass(frozen=True)
+class TorchPretrainConfig(PretrainConfig):
+    """Options of run_pretrain.py."""
+
+    runtime: TorchConfig = TorchConfig()
+
+
+@dataclass(frozen=True)
+class XlaPretrainConfig(PretrainConfig):
+    """Options of run_pretrain_xla.py."""
+
+    runtime: XlaConfig = XlaConfig()
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Preparing data"""
+
+    source: tuple[str, ...] = option(("pydoc",), "pydoc (Python's language reference), stdlib (its library's source), files or folders: .txt, .md, .py, .jsonl, .parquet")
+    tokenizer: str = option("gpt2", "bytes, a tiktoken name such as gpt2, or a Hugging Face tokenizer.json or folder")
+    output_dir: str = option("data/pydoc", "folder that receives train/ and valid/")
+    text_column: str = option("text", "field of .jsonl and .parquet rows that holds the text")
+    valid_fraction: float = option(0.1, "share of the text, at its end, that becomes valid/")
+    shard_size: int = option(100_000_000, "tokens per shard")
+    num_workers: int | None = option(None, "processes that tokenize; default: one per core")
+    seed: int = option(1337, "seed recorded in the manifest")
+
+
+@dataclass(frozen=True)
+class FinewebConfig:
+    """Preparing FineWeb"""
+
+    dataset: str = option("HuggingFaceFW/fineweb", "Hugging Face dataset, or a local parquet file or folder of FineWeb's schema")
+    name: str = option("sample-10BT", "configuration of the dataset")
+    split: str = option("train", "split of the dataset")
+    fineweb_edu: bool = option(False, "use HuggingFaceFW/fineweb-edu")
+    text_column: str = option("text", "column that holds the text")
+    streaming: bool = option(False, "read over the network without storing the raw text")
+    cache_dir: str | None = option(None, "where datasets stores downloads")
+    tokenizer: str = option("gpt2", "bytes, a tiktoken name such as gpt2, or a Hugging Face tokenizer.json or folder")
+    output_dir: str = option("data/fineweb", "folder that receives train/ and valid/")
+    shard_size: int = option(100_000_000, "tokens per shard")
+    valid_tokens: int = option(10_000_000, "valid/ takes whole documents until it holds this many tokens; at most a tenth of the tokens of a small source")
+    num_workers: int | None = option(None, "processes that tokenize; default: one per core")
+    seed: int = option(1337, "seed recorded in the manifest")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Generation"""
+
+    model: str = option("runs/gpt2", "checkpoint folder, or run folder (its newest good checkpoint)")
+    tokenizer: str | None = option(None, "bytes, a tiktoken name, or a Hugging Face tokenizer; default: the one recorded in the checkpoint")
+    prompt: str | None = option(None, "text to continue; without it, an interactive prompt")
+    max_new_tokens: int = option(128, "tokens to add at most; ends earlier at end-of-text")
+    temperature: float = option(0.8, "divides the logits; 0 always takes the most likely token")
+    top_k: int | None = option(None, "sample among the k most likely tokens")
+    top_p: float | None = option(None, "sample among the fewest tokens whose probabilities reach p")
+    seed: int = option(1337, "seed of the sampling")
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option("auto", "device; auto takes the accelerator that torch finds, else the CPU")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON types (tuples become lists)."""
+    return {name: list(v) if isinstance(v, tuple) else to_dict(v) if dataclasses.is_dataclass(v) else v for name, v in vars(config).items()}

@@ -1,0 +1,41 @@
+"""The one kind of error that is the user's to mend: a sentence and exit status 2, never a traceback."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+
+class UserError(Exception):
+    """One or more mistakes in a command, a configuration or a file, each one clear sentence.
+
+    A sentence names the flag or file, the value, what was expected and how to mend it.
+    """
+
+    def __init__(self, mistakes: str | Sequence[str]) -> None:
+        self.mistakes: tuple[str, ...] = (mistakes,) if isinstance(mistakes, str) else tuple(mistakes)
+        super().__init__("\n".join(self.mistakes))
+
+    def __reduce__(self) -> tuple[type["UserError"], tuple[tuple[str, ...]]]:
+        # Errors travel between the replicas' processes; the default would pickle one joined string.
+        return UserError, (self.mistakes,)
+
+
+def print_mistakes(error: UserError) -> None:
+    """Write the mistakes to standard error, numbered when there are several."""
+    if len(error.mistakes) == 1:
+        print(f"error: {error.mistakes[0]}", file=sys.stderr)
+        return
+    print(f"{len(error.mistakes)} errors:", file=sys.stderr)
+    for number, mistake in enumerate(error.mistakes, start=1):
+        print(f"  {number}. {mistake}", file=sys.stderr)
+
+
+def run_main(main: Callable[[], int | None]) -> int:
+    """Run a command's main(); return its exit status: 2 for a `UserError`, 130 for Ctrl-C before training starts."""
+    try:
+        return main() or 0
+    except UserError as error:
+        print_mistakes(error)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
