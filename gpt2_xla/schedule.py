@@ -1,0 +1,58 @@
+"""Learning-rate schedules: pure functions of the step, in Python floats (a tensor would cost XLA a fetch per parameter)."""
+
+import math
+from collections.abc import Callable
+
+from gpt2_xla.config import OptimConfig
+
+
+def learning_rate(step: int, optim: OptimConfig, train_steps: int) -> float:
+    """The learning rate of optimizer step `step`, counted from 0.
+
+    Warm-up is linear: step s of the first --warmup-steps has (s + 1) / warmup_steps of the peak. Then --decay-method.
+    """
+    if step < optim.warmup_steps and optim.decay_method != "noam":
+        return optim.learning_rate * (step + 1) / optim.warmup_steps
+    return _DECAYS[optim.decay_method](step, optim, train_steps)
+
+
+def _cosine(step: int, optim: OptimConfig, train_steps: int) -> float:
+    """Half a cosine from the peak to --min-lr (Loshchilov & Hutter 2017, without restarts)."""
+    share = 0.5 * (1 + math.cos(math.pi * _progress(step, optim, train_steps)))
+    return optim.min_lr + share * (optim.learning_rate - optim.min_lr)
+
+
+def _linear(step: int, optim: OptimConfig, train_steps: int) -> float:
+    """A straight line from the peak to --min-lr."""
+    share = 1 - _progress(step, optim, train_steps)
+    return optim.min_lr + share * (optim.learning_rate - optim.min_lr)
+
+
+def _noam(step: int, optim: OptimConfig, train_steps: int) -> float:  # noqa: ARG001 - the decays share a signature
+    """Inverse square root (Vaswani et al. 2017), scaled so that warm-up ends at the peak; never below --min-lr after it."""
+    warmup, position = max(optim.warmup_steps, 1), step + 1
+    value = optim.learning_rate * min(position / warmup, math.sqrt(warmup / position))
+    return value if position <= warmup else max(value, optim.min_lr)
+
+
+def _trapezoid(step: int, optim: OptimConfig, train_steps: int) -> float:
+    """Warm-up, stable, decay (WSD, Hu et al. 2024): the peak until the last --decay-steps, then a line to --min-lr."""
+    length = optim.decay_steps if optim.decay_steps is not None else max(train_steps // 5, 1)
+    remaining = train_steps - step
+    if remaining >= length:
+        return optim.learning_rate
+    return optim.min_lr + max(remaining, 0) / length * (optim.learning_rate - optim.min_lr)
+
+
+def _progress(step: int, optim: OptimConfig, train_steps: int) -> float:
+    """0 at the end of warm-up, 1 from --decay-steps (default: --train-steps) on."""
+    end = optim.decay_steps if optim.decay_steps is not None else train_steps
+    return min(1.0, (step - optim.warmup_steps) / max(end - optim.warmup_steps, 1))
+
+
+_DECAYS: dict[str, Callable[[int, OptimConfig, int], float]] = {
+    "cosine": _cosine,
+    "linear": _linear,
+    "noam": _noam,
+    "trapezoid": _trapezoid,
+}
