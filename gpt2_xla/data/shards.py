@@ -1,0 +1,186 @@
+"""The shard format: a 1-D .npy array of token ids, uint16 or uint32; any tool that reads numpy reads it."""
+
+import hashlib
+import io
+import os
+import threading
+import tokenize
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from gpt2_xla.errors import UserError
+
+DTYPES = ("uint16", "uint32")
+MAX_OPEN_FILES = 256  # the usual limit of a process is 1024
+
+
+def dtype_for(vocab_size: int) -> str:
+    """The smallest shard dtype that holds ids 0..vocab_size-1; UserError beyond 32 bits."""
+    if vocab_size > 2**32:
+        raise UserError(f"a vocabulary of {vocab_size} ids does not fit the 32 bits of a shard's tokens")
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears as `path`, whole and flushed to disk, when the block ends; not at all if it raises."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> str:
+    """Write 1-D uint16 or uint32 `tokens` (a memory map will do) as a .npy file; return the file's sha256 (hex)."""
+    header = io.BytesIO()
+    descr = tokens.dtype.newbyteorder("<").str
+    np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": tokens.shape})
+    digest = hashlib.sha256(header.getvalue())
+    with atomic_write(path) as file:
+        file.write(header.getvalue())
+        for start in range(0, len(tokens), 2**22):
+            part = tokens[start : start + 2**22].astype(descr, copy=False).tobytes()
+            digest.update(part)
+            file.write(part)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    """What a shard's header says."""
+
+    dtype: np.dtype
+    tokens: int
+    offset: int  # bytes before the first token
+
+
+def read_header(path: Path) -> ShardHeader:
+    """Read a shard's header and hold it against the file's size.
+
+    Raises UserError that names the file if it is missing, no 1-D uint16/uint32 .npy file, or not of the promised size.
+    """
+    try:
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+            offset = file.tell()
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"shard {path} can't be read: {error.strerror or error}") from error
+    except (ValueError, TypeError, SyntaxError, tokenize.TokenError) as error:
+        raise UserError(
+            f"shard {path} has no valid .npy header ({error}): copy it again or prepare the data again"
+        ) from error
+    if len(shape) != 1 or dtype.name not in DTYPES:
+        raise UserError(
+            f"shard {path} is {dtype} of shape {shape}; expected one dimension of uint16 or uint32 token ids"
+        )
+    promised = offset + shape[0] * dtype.itemsize
+    if size != promised:
+        raise UserError(
+            f"shard {path} holds {size} bytes, its header promises {promised}: copy it again or prepare the data again"
+        )
+    return ShardHeader(dtype, shape[0], offset)
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """A shard's tokens (N,), memory-mapped read-only, after the checks of `read_header`."""
+    header = read_header(path)
+    if header.tokens == 0:  # nothing can be mapped
+        return np.empty(0, header.dtype)
+    return np.memmap(path, header.dtype, mode="r", offset=header.offset, shape=(header.tokens,))
+
+
+class TokenStream:
+    """Shards as one long stream of tokens; any stretch is read in O(log shards), with at most 256 files open.
+
+    Reads with pread rather than through a memory map: pages of a map count as the process's own memory, and a shard that
+    shrinks while it is mapped kills the process with SIGBUS instead of raising an error. Threads may share a stream.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Reads every header; raises UserError with all the bad ones."""
+        self.paths = list(paths)
+        self._headers: list[ShardHeader] = []
+        mistakes: list[str] = []
+        for path in self.paths:
+            try:
+                self._headers.append(read_header(path))
+            except UserError as error:
+                mistakes += error.mistakes
+        if mistakes:
+            raise UserError(mistakes)
+        # Stream position at which each shard starts, and the stream's length at the end.
+        self._starts = np.cumsum([0] + [header.tokens for header in self._headers])
+        self._files: dict[int, io.FileIO] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def locate(self, position: int) -> tuple[Path, int]:
+        """The shard that holds a stream position, and the token's index in it."""
+        shard = int(np.searchsorted(self._starts, position, side="right")) - 1
+        return self.paths[shard], position - int(self._starts[shard])
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Fill `out` (n,) with tokens start..start+n-1 of the stream. IndexError beyond its end."""
+        if start < 0 or start + len(out) > len(self):
+            raise IndexError(f"tokens {start}..{start + len(out) - 1} of a stream of {len(self)}")
+        done = 0
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while done < len(out):
+            first = start + done - int(self._starts[shard])
+            count = min(len(out) - done, self._headers[shard].tokens - first)
+            if count > 0:  # a shard may be empty
+                out[done : done + count] = self._read(shard, first, count)
+                done += count
+            shard += 1
+
+    def _read(self, shard: int, first: int, count: int) -> np.ndarray:
+        header = self._headers[shard]
+        size = header.dtype.itemsize
+        with self._lock:
+            handle = self._open(shard).fileno()
+            try:
+                data = os.pread(handle, count * size, header.offset + first * size)
+            except OSError as error:
+                raise UserError(f"shard {self.paths[shard]} can't be read: {error.strerror}") from error
+        if len(data) != count * size:
+            raise UserError(f"shard {self.paths[shard]} has become shorter since it was opened: prepare the data again")
+        return np.frombuffer(data, header.dtype)
+
+    def _open(self, shard: int) -> BinaryIO:
+        if shard not in self._files:
+            if len(self._files) >= MAX_OPEN_FILES:
+                self._files.pop(next(iter(self._files))).close()  # the one opened first
+            self._files[shard] = self.paths[shard].open("rb", buffering=0)
+        return self._files[shard]
+
+    def close(self) -> None:
+        """Close the files; a later read opens them again."""
+        with self._lock:
+            while self._files:
+                self._files.popitem()[1].close()

@@ -1,0 +1,35 @@
+"""Validation loss over a whole split, the same for any number of replicas."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from gpt2_xla.loss import IGNORED
+from gpt2_xla.runtime.base import Runtime
+
+
+def evaluate(forward: nn.Module, host_batches: Iterable[Tensor], runtime: Runtime) -> float:
+    """Mean loss in nats per token over batches (B, 2, T) of inputs and targets; targets of -100 are padding.
+
+    Sums on the device and fetches once, at the end.
+    """
+    was_training = forward.training
+    forward.eval()
+    total = torch.zeros(2).to(runtime.device)  # copied, not computed: every batch runs one and the same graph
+    with torch.no_grad():
+        for batch in runtime.batches(host_batches):
+            total = total + evaluation_step(forward, batch, runtime)
+            runtime.end_step()
+    forward.train(was_training)
+    loss, count = runtime.fetch_later(total)()
+    return loss / count
+
+
+def evaluation_step(forward: nn.Module, batch: Tensor, runtime: Runtime) -> Tensor:
+    """Summed loss and number of targets of one batch (B, 2, T), averaged over the replicas: float32 (2,)."""
+    inputs, targets = batch.unbind(dim=1)  # (B, 2, T) -> 2 × (B, T)
+    with runtime.autocast():
+        loss = forward(inputs, targets)
+    count = (targets != IGNORED).sum()
+    return runtime.mean(torch.stack([loss * count, count.float()]))

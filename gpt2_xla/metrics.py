@@ -1,0 +1,152 @@
+"""What a run tells: one Metrics object, and the sinks that it writes to (progress bar, JSONL, W&B)."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from gpt2_xla.config import LoggingConfig, PretrainConfig, to_dict
+
+Record = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Takes records {"kind": "train" | "valid", "step": …, name: number}."""
+
+    def write(self, record: Record) -> None:
+        """Take one record; must not raise for want of disk or network."""
+        ...
+
+    def advance(self, step: int) -> None:
+        """Step `step` was queued; called each step, so it must be cheap and must not touch the device."""
+        ...
+
+    def close(self) -> None:
+        """Flush and end."""
+        ...
+
+
+class Metrics:
+    """Spreads records over its sinks. With none (other ranks, tests) it is the null object."""
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self.sinks = sinks
+
+    def write(self, record: Record) -> None:
+        """Give one record to every sink."""
+        for sink in self.sinks:
+            sink.write(record)
+
+    def advance(self, step: int) -> None:
+        """Tell every sink that a step was queued."""
+        for sink in self.sinks:
+            sink.advance(step)
+
+    def say(self, text: str) -> None:
+        """Print a line of text above the progress bar."""
+        if self.sinks:
+            tqdm.write(text)
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in self.sinks:
+            sink.close()
+
+    @property
+    def wandb_id(self) -> str | None:
+        """The W&B run's id, for the checkpoint; None without W&B."""
+        return next((sink.run_id for sink in self.sinks if isinstance(sink, WandbSink)), None)
+
+
+def open_metrics(config: PretrainConfig, step: int, rank: int, wandb_id: str | None = None) -> Metrics:
+    """The sinks that the configuration asks for, on rank 0; none elsewhere."""
+    if rank != 0:
+        return Metrics([])
+    folder = Path(config.run.checkpoints_dir)
+    sinks: list[Sink] = [ProgressBar(config.run.train_steps, step), JsonlSink(folder / "metrics.jsonl")]
+    if config.logging.wandb_logging:
+        sinks.append(WandbSink(config, folder, config.logging.wandb_resume_id or wandb_id))
+    return Metrics(sinks)
+
+
+class ProgressBar:
+    """tqdm's bar with the last logged loss, tokens/s and MFU; validation results are lines above it."""
+
+    def __init__(self, total: int, step: int) -> None:
+        # In a log file a bar that redraws twice a second would drown everything else.
+        interval = 0.5 if sys.stderr.isatty() else 30.0
+        self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, mininterval=interval, smoothing=0.05)
+
+    def write(self, record: Record) -> None:
+        if record["kind"] == "valid":
+            best = ", the best so far" if record["best"] else ""
+            tqdm.write(f"step {record['step']}: validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}{best}")
+            return
+        shown = {"loss": f"{record['loss']:.4f}", "tokens/s": f"{record['tokens_per_second']:,.0f}"}
+        if record.get("mfu") is not None:
+            shown["MFU"] = f"{record['mfu']:.1%}"
+        self._bar.set_postfix(shown, refresh=False)
+
+    def advance(self, step: int) -> None:
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class JsonlSink:
+    """One JSON object a line, appended: a resumed run continues the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        # NaN is not JSON; a diverged loss becomes null rather than a line that no reader takes.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        try:
+            self._file.write(json.dumps(finite | {"time": round(time.time(), 3)}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            tqdm.write(f"warning: {self._file.name}: {error.strerror}; training goes on", file=sys.stderr)
+
+    def advance(self, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class WandbSink:
+    """Weights & Biases; WANDB_MODE=offline keeps everything in the run folder."""
+
+    def __init__(self, config: PretrainConfig, folder: Path, run_id: str | None) -> None:
+        import wandb
+
+        log: LoggingConfig = config.logging
+        self._interval = log.wandb_logging_interval or log.log_interval
+        self._run = wandb.init(
+            project=log.wandb_project,
+            name=log.wandb_name or folder.name,
+            tags=list(log.wandb_tags),
+            notes=log.wandb_notes,
+            id=run_id,
+            resume="allow" if run_id else None,
+            dir=folder,
+            config=to_dict(config),
+        )
+        self.run_id: str = self._run.id
+
+    def write(self, record: Record) -> None:
+        if record["kind"] == "valid" or record["step"] % self._interval == 0:
+            numbers = {f"{record['kind']}/{k}": v for k, v in record.items() if k not in ("kind", "step")}
+            self._run.log(numbers, step=record["step"])
+
+    def advance(self, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        self._run.finish()

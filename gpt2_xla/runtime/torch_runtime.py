@@ -1,0 +1,234 @@
+"""One process, or several under torchrun, on CPU, CUDA or any other torch accelerator."""
+
+import contextlib
+import os
+import resource
+import signal
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gpt2_xla import optim as optimizers
+from gpt2_xla.config import OptimConfig, TorchConfig
+from gpt2_xla.data.loader import prefetch
+from gpt2_xla.errors import UserError
+from gpt2_xla.runtime.base import CompileStats
+from gpt2_xla.runtime.peaks import gpu_peak
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TorchRuntime:
+    """See `Runtime`. Under torchrun each process is one replica, joined by DDP."""
+
+    def __init__(self, config: TorchConfig) -> None:
+        self.config = config
+        self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.device = _pick_device(config, int(os.environ.get("LOCAL_RANK", "0")))
+        self.backend = _pick_backend(config, self.device)
+        _check_precision(config, self.device)
+        if config.matmul_precision != "highest":  # torch's own default
+            torch.set_float32_matmul_precision(config.matmul_precision)
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
+        self._stop_requested = False
+        self._stop_vote: tuple[dist.Work, Tensor] | None = None
+        self._control: dist.ProcessGroup | None = None
+        if self.world_size > 1:
+            device_id = self.device if self.backend == "nccl" else None
+            dist.init_process_group(self.backend, timeout=timedelta(minutes=10), device_id=device_id)
+            # Votes travel between hosts' CPUs: they must not wait for the accelerator's queue.
+            self._control = dist.new_group(backend="gloo")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def describe(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        if self.device.type == "cpu":
+            name += f", {torch.get_num_threads()} threads"
+        return f"{self.world_size} × {name} ({self.backend})" if self.world_size > 1 else f"1 × {name}"
+
+    def place(self, model: nn.Module) -> nn.Module:
+        model.to(self.device)
+        placed = model
+        if self.world_size > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            placed = DistributedDataParallel(
+                model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        # Shapes never change here, so a symbolic one would only slow the kernels.
+        return torch.compile(placed, dynamic=False) if self.config.compile else placed  # type: ignore[return-value]
+
+    def build_optimizer(self, model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+        fused = self.device.type in ("cpu", "cuda")
+        optimizer = optimizers.build_torch_optimizer(model, optim, fused=fused)
+        optimizers.prime_state(model, optimizer, step_device=None if fused else torch.device("cpu"))
+        return optimizer
+
+    def batches(self, host_batches: Iterator[Tensor]) -> Generator[Tensor, None, None]:
+        with contextlib.closing(prefetch(host_batches, depth=8)) as ready:
+            if self.device.type == "cpu":
+                yield from ready
+                return
+            ahead: Tensor | None = None
+            for batch in ready:  # copy batch n + 1 while the device still works on batch n
+                pinned = batch.pin_memory() if self.device.type == "cuda" else batch
+                current, ahead = ahead, pinned.to(self.device, non_blocking=True)
+                if current is not None:
+                    yield current
+            if ahead is not None:
+                yield ahead
+
+    def seed_dropout(self, seed: int) -> None:
+        torch.manual_seed(seed + self.rank)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.config.mixed_precision == "no":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=DTYPES[self.config.mixed_precision])
+
+    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        wrapped = getattr(model, "_orig_mod", model)  # torch.compile's wrapper hides no_sync
+        if last or not isinstance(wrapped, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return wrapped.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        self._scaler.scale(loss).backward()
+
+    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
+        self._scaler.unscale_(optimizer)
+        norm = clip_gradients(model, max_grad_norm)
+        self._scaler.step(optimizer)
+        self._scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def mean(self, value: Tensor) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(value)
+            value /= self.world_size
+        return value
+
+    def end_step(self) -> None:
+        pass  # torch launches each operation as it is called
+
+    def fetch_later(self, value: Tensor) -> Callable[[], list[float]]:
+        if self.device.type != "cuda":
+            return value.tolist
+        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        host.copy_(value, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def read() -> list[float]:
+            copied.synchronize()  # not the stream: the next step may already be queued behind the copy
+            return host.tolist()
+
+        return read
+
+    def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.rank != 0:
+            return {}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+    def should_stop(self, step: int) -> bool:  # noqa: ARG002 - other runtimes agree by step number
+        if self._control is None:
+            return self._stop_requested
+        # The vote cast before the last step has long arrived; this one's answer is read a step later.
+        agreed = self._collect_vote()
+        vote = torch.tensor([float(self._stop_requested)])
+        work = dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self._control, async_op=True)
+        assert work is not None
+        self._stop_vote = (work, vote)
+        return agreed
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        return self._scaler.state_dict() if self._scaler.is_enabled() else None
+
+    def load_scaler_state(self, state: dict[str, Any] | None) -> None:
+        if state and self._scaler.is_enabled():
+            self._scaler.load_state_dict(state)
+
+    def compile_stats(self) -> CompileStats:
+        if not self.config.compile:
+            return CompileStats()
+        # Private, checked on torch 2.9 and 2.11: the only counters torch.compile keeps.
+        from torch._dynamo.utils import calculate_time_spent, counters
+
+        return CompileStats(counters["stats"]["unique_graphs"], calculate_time_spent().get("total_wall_time", 0.0))
+
+    def peak_memory(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def peak_flops(self) -> float | None:
+        if self.device.type != "cuda" or self.config.mixed_precision == "no":
+            return None
+        peak = gpu_peak(torch.cuda.get_device_name(self.device))
+        return peak * self.world_size if peak else None
+
+    def close(self) -> None:
+        if self.world_size > 1 and dist.is_initialized():
+            self._collect_vote()
+            dist.destroy_process_group()
+
+    def _on_signal(self, number: int, frame: object) -> None:  # noqa: ARG002 - the signature of a handler
+        self._stop_requested = True
+
+    def _collect_vote(self) -> bool:
+        if self._stop_vote is None:
+            return False
+        work, vote = self._stop_vote
+        self._stop_vote = None
+        work.wait()
+        return bool(vote[0] > 0)
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Clip the global gradient norm (0: only measure it); return it, on the device, without a host sync."""
+    if max_norm:
+        return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def pick_accelerator(wanted: str) -> str:
+    """The device type for --device; raises `UserError` if this machine or this torch lacks it."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    found = accelerator.type if accelerator else "cpu"
+    if wanted in ("auto", "cpu", found):
+        return found if wanted == "auto" else wanted
+    raise UserError(f"--device {wanted}: torch {torch.__version__} finds no such device here, only {found}; use --device auto")
+
+
+def _pick_device(config: TorchConfig, local_rank: int) -> torch.device:
+    kind = pick_accelerator(config.device)
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.accelerator.device_count()
+    if local_rank >= count:
+        processes = os.environ.get("LOCAL_WORLD_SIZE", "?")
+        raise UserError(f"--nproc_per_node={processes}, but this machine has {count} {kind} devices; start at most {count} processes")
+    torch.accelerator.set_device_index(local_rank)
+    return torch.device(kind, local_rank)
+
+
+def _pick_backend(config: TorchConfig, device: torch.device) -> str:
+    if config.ddp_backend == "nccl" and device.type != "cuda":
+        raise UserError(f"--ddp-backend nccl needs CUDA devices, but the device is {device.type}; use --ddp-backend gloo")
+    if config.ddp_backend == "auto":
+        return "nccl" if device.type == "cuda" else "gloo"
+    return config.ddp_backend
+
+
+def _check_precision(config: TorchConfig, device: torch.device) -> None:
+    if config.mixed_precision == "fp16" and device.type != "cuda":
+        raise UserError(
+            f"--mixed-precision fp16 needs a CUDA GPU, but the device is {device.type}; use --mixed-precision bf16 or no"
+        )

@@ -1,0 +1,129 @@
+"""Start the XLA replicas with xmp.spawn, pass signals on to them, and never leave one behind."""
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+from gpt2_xla.config import XlaPretrainConfig
+from gpt2_xla.errors import UserError
+from gpt2_xla.runtime.base import Runtime
+from gpt2_xla.runtime.replica_board import ReplicaBoard
+
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+Work = Callable[[Any, Runtime], Any]
+
+
+def launch(config: XlaPretrainConfig, work: Work, replica: Callable[..., None] | None = None) -> None:
+    """Run work(config, runtime) on every XLA device of this host; return when all replicas have.
+
+    SIGTERM and Ctrl-C stop all replicas before the same step. If one replica fails the others, which would wait for it
+    in a collective for ever, are killed, and its error is raised here. `replica` replaces `run_replica` in tests.
+    """
+    check_installation()
+    import torch_xla.distributed.xla_multiprocessing as xmp
+
+    # Starting it later would unblock the signals again (CPython's resource_tracker does).
+    resource_tracker.ensure_running()
+    # Children inherit the mask: a Ctrl-C that the terminal sends to the whole group reaches only the parent.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    board = ReplicaBoard.create()
+    supervisor = _Supervisor(board)
+    supervisor.start()
+    try:
+        arguments = (str(board.path), os.getpid(), config, work)
+        xmp.spawn(replica or run_replica, args=arguments, start_method=config.runtime.mp_start_method)
+    except Exception as error:
+        raise _replica_error(board, error) from None
+    finally:
+        supervisor.finish()
+        board.remove()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def run_replica(index: int, board_path: str, parent: int, config: XlaPretrainConfig, work: Work) -> None:  # noqa: ARG001
+    """What xmp.spawn calls in each replica's thread."""
+    die_with(parent)
+    from gpt2_xla.runtime.xla_runtime import XlaRuntime
+
+    board = ReplicaBoard(Path(board_path))
+    try:
+        runtime = XlaRuntime(config.runtime, board)
+        work(config, runtime)
+        runtime.close()
+    except BaseException as error:
+        board.report_failure(error)
+        raise
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when the parent dies, so that no orphan trains on."""
+    pr_set_pdeathsig = 1  # linux/prctl.h
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getpid() != parent and os.getppid() != parent:  # it died before the call above
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def check_installation() -> None:
+    """Raise `UserError` if torch_xla cannot work here, before importing it takes seconds or fails with a traceback."""
+    mistakes = []
+    if importlib.util.find_spec("torch_xla") is None:
+        mistakes.append(
+            "torch_xla is not installed; pip install -r requirements-xla_tpu.txt -c constraints.txt (or use run_pretrain.py)"
+        )
+    else:
+        torch_version, xla_version = (importlib.metadata.version(name) for name in ("torch", "torch_xla"))
+        if torch_version.split("+")[0].split(".")[:2] != xla_version.split("+")[0].split(".")[:2]:
+            mistakes.append(
+                f"torch_xla {xla_version} does not fit torch {torch_version}: their versions must match; "
+                "pip install -r requirements-xla_tpu.txt -c constraints.txt"
+            )
+    if "PJRT_DEVICE" not in os.environ:
+        mistakes.append("PJRT_DEVICE is not set; start with PJRT_DEVICE=TPU, or PJRT_DEVICE=CPU to try without one")
+    if mistakes:
+        raise UserError(mistakes)
+
+
+class _Supervisor(threading.Thread):
+    """Waits for signals and for failures while the main thread waits in xmp.spawn."""
+
+    def __init__(self, board: ReplicaBoard) -> None:
+        super().__init__(daemon=True, name="replica supervisor")
+        self._board = board
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        while not self._done.is_set():
+            if signal.sigtimedwait(STOP_SIGNALS, 0.2):
+                self._board.request_stop()
+            children = multiprocessing.active_children()
+            if self._board.failure() or any(child.exitcode for child in children):
+                # The failed process may still be reporting; the others will never come back from their collective.
+                self._done.wait(2.0)
+                for child in multiprocessing.active_children():
+                    child.kill()
+
+    def finish(self) -> None:
+        """Stop watching."""
+        self._done.set()
+        self.join()
+
+
+def _replica_error(board: ReplicaBoard, error: Exception) -> Exception:
+    """The error to raise for a failed spawn: the replica's own, where it left word."""
+    failure = board.failure()
+    if failure and failure["mistakes"]:
+        return UserError(failure["mistakes"])  # type: ignore[arg-type]
+    if failure:
+        return RuntimeError(f"a replica failed:\n{failure['traceback']}")
+    if isinstance(error, BrokenProcessPool):
+        return RuntimeError("a replica's process was killed (out of memory?); its checkpoints are safe, add --resume to continue")
+    return error

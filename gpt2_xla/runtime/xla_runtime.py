@@ -1,0 +1,182 @@
+"""A replica of xmp.spawn: one XLA device (TPU, CPU, or a plugin's) with its own copy of the model."""
+
+import contextlib
+import logging
+import re
+import resource
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch_xla
+import torch_xla.backends
+import torch_xla.core.xla_model as xm
+import torch_xla.debug.metrics as xla_metrics
+import torch_xla.runtime as xr
+from torch import Tensor, nn
+from torch_xla.amp import syncfree
+from torch_xla.distributed.parallel_loader import MpDeviceLoader
+
+from gpt2_xla import optim as optimizers
+from gpt2_xla.config import OptimConfig, XlaConfig
+from gpt2_xla.errors import UserError
+from gpt2_xla.model import GPT
+from gpt2_xla.runtime.base import CompileStats
+from gpt2_xla.runtime.peaks import tpu_peak
+from gpt2_xla.runtime.replica_board import ReplicaBoard
+from gpt2_xla.runtime.torch_runtime import clip_gradients
+
+
+class XlaRuntime:
+    """See `Runtime`. Operations are queued as a graph, which end_step() compiles once and then only launches."""
+
+    def __init__(self, config: XlaConfig, board: ReplicaBoard) -> None:
+        if config.mixed_precision == "fp16":
+            raise UserError("--mixed-precision fp16 is not supported on XLA devices; use --mixed-precision bf16 or no")
+        self.config, self._board = config, board
+        self.device = torch_xla.device()
+        self.rank, self.world_size = xr.global_ordinal(), xr.world_size()
+        if config.mixed_precision == "no":
+            _set_matmul_precision(config.matmul_precision)
+
+    def describe(self) -> str:
+        return f"{self.world_size} × XLA {xr.device_type()} (torch_xla {torch_xla.__version__})"
+
+    def place(self, model: nn.Module) -> nn.Module:
+        model.to(self.device)
+        if isinstance(model, GPT):
+            model.tie_weights()  # moving to an XLA device makes two tensors of a tied one
+        if self.world_size > 1:
+            xm.broadcast_master_param(model)
+        torch_xla.sync()
+        return model
+
+    def build_optimizer(self, model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+        if not self.config.use_syncfree_optim:
+            optimizer = optimizers.build_torch_optimizer(model, optim, fused=False)
+            # torch's own Adam reads the step count on the host each step, so it must live there.
+            optimizers.prime_state(model, optimizer, step_device=torch.device("cpu"))
+        else:
+            kind = syncfree.AdamW if optim.optim_type == "adamw" else syncfree.Adam
+            groups = optimizers.parameter_groups(model, optim.weight_decay)
+            optimizer = kind(groups, **optimizers.optimizer_arguments(optim))
+            optimizers.prime_state(model, optimizer)
+            for state in optimizer.state.values():
+                state["max_exp_avg_sq"] = torch.empty(0, dtype=torch.float, device=self.device)
+        torch_xla.sync()
+        return optimizer
+
+    def batches(self, host_batches: Iterator[Tensor]) -> Generator[Tensor, None, None]:
+        source = _Relay(host_batches)
+        loader = MpDeviceLoader(
+            source,
+            self.device,
+            loader_prefetch_size=self.config.loader_prefetch_size,
+            device_prefetch_size=self.config.device_prefetch_size,
+            batches_per_execution=2**62,  # end_step() alone launches
+        )
+        try:
+            yield from loader
+            source.raise_error()
+        finally:
+            if loader._parallel_loader is not None:
+                loader._parallel_loader.close()
+
+    def seed_dropout(self, seed: int) -> None:
+        # The seed enters the graph as data, not as a constant: no recompile.
+        xm.set_rng_state(seed + self.rank, str(self.device))
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.config.mixed_precision == "no":
+            return contextlib.nullcontext()
+        return torch.autocast("xla", dtype=torch.bfloat16)
+
+    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:  # noqa: ARG002
+        return contextlib.nullcontext()  # gradients are reduced in update(), once per step
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
+        xm.reduce_gradients(optimizer)
+        norm = clip_gradients(model, max_grad_norm)
+        if self.config.use_syncfree_optim:
+            # A norm that is not finite means a gradient that is not: the step is skipped on the device.
+            optimizer.step(found_inf=(~torch.isfinite(norm)).float())  # type: ignore[call-arg]
+        else:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def mean(self, value: Tensor) -> Tensor:
+        if self.world_size > 1:
+            return xm.all_reduce(xm.REDUCE_SUM, value, scale=1.0 / self.world_size)
+        return value
+
+    def end_step(self) -> None:
+        torch_xla.sync()
+
+    def fetch_later(self, value: Tensor) -> Callable[[], list[float]]:
+        return lambda: value.cpu().tolist()  # a launched tensor is copied as it is: no graph, no compilation
+
+    def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.rank != 0:
+            return {}
+        return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+
+    def should_stop(self, step: int) -> bool:
+        return self._board.enter_step(step)
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        return None
+
+    def load_scaler_state(self, state: dict[str, Any] | None) -> None:
+        pass  # no fp16 here, so no scaler
+
+    def compile_stats(self) -> CompileStats:
+        timing = xla_metrics.metric_data("CompileTime")  # (count, total nanoseconds, samples)
+        return CompileStats(int(timing[0]), timing[1] / 1e9) if timing else CompileStats()
+
+    def peak_memory(self) -> int:
+        if xr.device_type() == "TPU":
+            information = xm.get_memory_info(self.device)
+            return int(information.get("peak_bytes_used", information["bytes_used"]))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def peak_flops(self) -> float | None:
+        if xr.device_type() != "TPU" or self.config.mixed_precision == "no":
+            return None
+        # "TPU v4", "TPU v5 lite", "TPU v5p", "TPU v6 lite": the PJRT names of the chips
+        kind = xm.xla_device_kind(self.device)
+        match = re.search(r"v\d\w*( lite)?", kind)
+        peak = tpu_peak(match[0].replace(" lite", "e").replace("v5 ", "v5p")) if match else None
+        return peak * self.world_size if peak else None
+
+    def close(self) -> None:
+        self._board.close()
+
+
+class _Relay:
+    """An iterable whose error survives MpDeviceLoader, which would print it in a thread and end the data early."""
+
+    def __init__(self, items: Iterator[Tensor]) -> None:
+        self._items = items
+        self._error: Exception | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        try:
+            yield from self._items
+        except Exception as error:  # noqa: BLE001 - raised again in the loop by raise_error()
+            self._error = error
+
+    def raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+def _set_matmul_precision(wanted: str) -> None:
+    """float32 matmuls on TPU run in bf16 unless told otherwise; torch_xla's levels are default, high and highest."""
+    logger = logging.getLogger("torch_xla.backends")
+    logger.setLevel(logging.ERROR)  # it warns at every call
+    torch_xla.backends.set_mat_mul_precision("default" if wanted == "medium" else wanted)

@@ -1,0 +1,117 @@
+"""From a command line to a checked configuration: recipes, resume, the vocabulary of the data, all mistakes at once."""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+from gpt2_xla import checkpoint, cli
+from gpt2_xla.config import PretrainConfig
+from gpt2_xla.data import manifest as manifests
+from gpt2_xla.data.manifest import Manifest
+from gpt2_xla.errors import UserError
+from gpt2_xla.validation import config_mistakes
+
+Config = TypeVar("Config", bound=PretrainConfig)
+
+
+def pretrain_config(config_type: type[Config], argv: list[str], description: str) -> Config:
+    """The configuration of a training command; `run.from_checkpoint` names the checkpoint to continue from, or is None.
+
+    Raises `UserError` with all mistakes of flags, recipe, saved configuration and data together.
+    """
+    parsed = cli.parse(config_type, argv, description)
+    source = _checkpoint_to_continue(parsed.config)
+    mistakes: list[str] = []
+    if source is not None:
+        # The run's own options are the defaults now, so that --resume alone continues it.
+        state = checkpoint.read_state(source)
+        saved = cli.from_dict(config_type, state.config)
+        parsed = cli.parse(config_type, argv, description, base=saved)
+        mistakes += _model_conflicts(parsed.config, saved, source)
+        parsed = dataclasses.replace(parsed, config=_with_folder(parsed, source))
+    config = _with_vocabulary(parsed.config, mistakes)
+    mistakes += config_mistakes(config)
+    if mistakes:
+        raise UserError(list(dict.fromkeys(mistakes)))
+    return config
+
+
+def _checkpoint_to_continue(config: PretrainConfig) -> Path | None:
+    """The checkpoint that --from-checkpoint, --resume or --do-test asks for; None for a new run."""
+    run = config.run
+    if run.from_checkpoint is not None:
+        path = checkpoint.resolve(run.from_checkpoint)
+        if problems := checkpoint.problems(path):
+            raise UserError([f"--from-checkpoint {path}: {problem}" for problem in problems])
+        return path
+    folder = Path(run.checkpoints_dir)
+    if run.resume or run.do_test:
+        path = checkpoint.newest_good(folder, _say)
+        if path is None:
+            flag = "--resume" if run.resume else "--do-test"
+            raise UserError(f"{flag}: there is no good checkpoint in --checkpoints-dir {folder}")
+        return path
+    if existing := checkpoint.checkpoints(folder):
+        raise UserError(
+            f"--checkpoints-dir {folder} already holds {existing[0].name} of another run; "
+            "add --resume to continue it, or choose another folder"
+        )
+    return None
+
+
+def _say(text: str) -> None:
+    """Print once, not once per process of torchrun."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
+def _with_folder(parsed: cli.Parsed[Config], source: Path) -> Config:
+    """The configuration with the checkpoint found, writing where the command says, else beside the checkpoint."""
+    run = dataclasses.replace(parsed.config.run, from_checkpoint=str(source))
+    if "checkpoints_dir" not in parsed.explicit:
+        run = dataclasses.replace(run, checkpoints_dir=str(source.parent))
+    return dataclasses.replace(parsed.config, run=run)
+
+
+def _model_conflicts(config: PretrainConfig, saved: PretrainConfig, source: Path) -> list[str]:
+    """One sentence for each model option that differs from the checkpoint's."""
+    return [
+        f"--{field.name.replace('_', '-')} {_shown(wanted)} conflicts with {source.name}, which has {_shown(had)}; leave the flag out"
+        for field in dataclasses.fields(saved.model)
+        if (wanted := getattr(config.model, field.name)) != (had := getattr(saved.model, field.name))
+        and field.name != "dropout"  # not a property of the weights
+    ]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "the default" if value is None else str(value)
+
+
+def _with_vocabulary(config: Config, mistakes: list[str]) -> Config:
+    """Read both manifests, note what is wrong with them, and take the vocabulary size from the tokenizer if none is given."""
+    found: dict[str, Manifest] = {}
+    run_trains = not config.run.do_test
+    for flag, folder, needed in (
+        ("--train-dir", config.data.train_dir, run_trains),
+        ("--valid-dir", config.data.valid_dir, not run_trains),
+    ):
+        if folder is None:
+            if needed:
+                mistakes.append(f"{flag} is missing: a folder of token shards, for example from python scripts/prepare_text.py")
+            continue
+        try:
+            found[flag] = manifests.read(Path(folder))
+        except UserError as error:
+            mistakes += [f"{flag}: {mistake}" for mistake in error.mistakes]
+    hashes = {m.tokenizer_hash for m in found.values() if m.tokenizer_hash}
+    if len(hashes) > 1:
+        names = " and ".join(str(m.tokenizer) for m in found.values())
+        mistakes.append(f"--train-dir and --valid-dir were prepared with different tokenizers: {names}; prepare them together")
+    if config.model.vocab_size is not None:
+        return config
+    sizes = [m.vocab_size for m in found.values() if m.vocab_size]
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=max(sizes, default=None)))

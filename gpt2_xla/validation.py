@@ -1,0 +1,91 @@
+"""Everything that can be wrong with a configuration before anything slow starts, each as one sentence."""
+
+from gpt2_xla.config import PretrainConfig
+
+
+def config_mistakes(config: PretrainConfig) -> list[str]:
+    """All mistakes that the options alone show."""
+    return [*_range_mistakes(config), *_model_mistakes(config), *_schedule_mistakes(config), *_logging_mistakes(config)]
+
+
+def replica_mistakes(config: PretrainConfig, world_size: int) -> list[str]:
+    """Batches that do not divide into the replicas, with the nearest that do."""
+    mistakes = []
+    for flag, size in (
+        ("--train-batch-size", config.data.train_batch_size),
+        ("--eval-batch-size", config.data.eval_batch_size),
+    ):
+        if size % world_size:
+            below, above = size - size % world_size, size - size % world_size + world_size
+            use = f"{below} or {above}" if below else f"{above}"
+            mistakes.append(f"{flag} {size} is not divisible by the {world_size} replicas; use {use}")
+    return mistakes
+
+
+def _range_mistakes(config: PretrainConfig) -> list[str]:
+    model, data, optim, run, log = config.model, config.data, config.optim, config.run, config.logging
+    at_least_one = {
+        "--vocab-size": model.vocabulary,
+        "--seq-length": model.seq_length,
+        "--d-model": model.d_model,
+        "--num-layers": model.num_layers,
+        "--num-heads": model.num_heads,
+        "--d-ff": model.hidden_dim,
+        "--train-batch-size": data.train_batch_size,
+        "--eval-batch-size": data.eval_batch_size,
+        "--gradient-accum-step": data.gradient_accum_step,
+        "--train-steps": run.train_steps,
+        "--valid-steps": run.valid_steps if run.valid_steps is not None else 1,
+        "--saved-checkpoint-limit": run.saved_checkpoint_limit,
+        "--log-interval": log.log_interval,
+    }
+    not_negative = {
+        "--valid-interval": run.valid_interval,
+        "--save-interval": run.save_interval,
+        "--warmup-steps": optim.warmup_steps,
+        "--weight-decay": optim.weight_decay,
+        "--max-grad-norm": optim.max_grad_norm,
+        "--min-lr": optim.min_lr,
+        "--loss-chunk": config.runtime.loss_chunk,
+        "--seed": run.seed,
+    }
+    mistakes = [f"{flag} {value} must be at least 1" for flag, value in at_least_one.items() if value < 1]
+    mistakes += [f"{flag} {value} must not be negative" for flag, value in not_negative.items() if not value >= 0]
+    if not 0 <= model.dropout < 1:
+        mistakes.append(f"--dropout {model.dropout} must be at least 0 and below 1")
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        mistakes.append(f"--betas {optim.betas[0]} {optim.betas[1]}: each must be at least 0 and below 1")
+    if not optim.learning_rate > 0:
+        mistakes.append(f"--learning-rate {optim.learning_rate} must be above 0")
+    return mistakes
+
+
+def _model_mistakes(config: PretrainConfig) -> list[str]:
+    width, heads = config.model.d_model, config.model.num_heads
+    if width < 1 or heads < 1 or width % heads == 0:
+        return []
+    fits = [n for n in range(1, width + 1) if width % n == 0]
+    nearest = min(fits, key=lambda n: abs(n - heads))
+    return [f"--d-model {width} is not divisible by --num-heads {heads}; use --num-heads {nearest}, for example"]
+
+
+def _schedule_mistakes(config: PretrainConfig) -> list[str]:
+    optim, steps = config.optim, config.run.train_steps
+    mistakes = []
+    if optim.min_lr > optim.learning_rate:
+        mistakes.append(f"--min-lr {optim.min_lr} is above --learning-rate {optim.learning_rate}")
+    if optim.decay_method == "noam" and optim.decay_steps is not None:
+        mistakes.append("--decay-steps has no meaning for --decay-method noam, which never ends; leave it out")
+    elif optim.decay_steps is not None and optim.decay_steps < 1:
+        mistakes.append(f"--decay-steps {optim.decay_steps} must be at least 1")
+    if optim.warmup_steps > steps:
+        mistakes.append(f"--warmup-steps {optim.warmup_steps} is more than the run's --train-steps {steps}")
+    return mistakes
+
+
+def _logging_mistakes(config: PretrainConfig) -> list[str]:
+    log = config.logging
+    interval = log.wandb_logging_interval
+    if interval is not None and log.log_interval > 0 and (interval < 1 or interval % log.log_interval):
+        return [f"--wandb-logging-interval {interval} is not a multiple of --log-interval {log.log_interval}"]
+    return []

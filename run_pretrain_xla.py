@@ -1,0 +1,21 @@
+#!/usr/bin/env python
+"""Pretrain a GPT on XLA devices through PJRT, one replica per device: `PJRT_DEVICE=TPU python run_pretrain_xla.py …`
+(or `PJRT_DEVICE=CPU` to try it without one)."""
+
+import sys
+
+from gpt2_xla.config import XlaPretrainConfig
+from gpt2_xla.errors import run_main
+from gpt2_xla.runtime.xla_launch import check_installation, launch
+from gpt2_xla.startup import pretrain_config
+from gpt2_xla.train import pretrain
+
+
+def main() -> None:
+    config = pretrain_config(XlaPretrainConfig, sys.argv[1:], __doc__)
+    check_installation()
+    launch(config, pretrain)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
