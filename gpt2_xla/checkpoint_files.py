@@ -52,6 +52,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors 0.8 makes it private; the umask shows in the folder
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

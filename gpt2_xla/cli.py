@@ -36,15 +36,20 @@ class Flag:
 
     @property
     def help(self) -> str:
+        """The line of --help: the option's text, with its default where the text does not tell it."""
         text = self.field.metadata["help"]
-        if self.field.default is None or "default:" in text:
-            return text
+        told = self.field.default is None or "default:" in text
+        return text if told else f"{text} (default: {self.default_text})"
+
+    @property
+    def default_text(self) -> str:
+        """The default in words; empty where there is none."""
         default = self.field.default
         if isinstance(default, tuple):
-            default = " ".join(map(str, default)) or "none"
-        elif isinstance(default, bool):
-            default = "on" if default else "off"
-        return f"{text} (default: {default})"
+            return " ".join(map(str, default))
+        if isinstance(default, bool):
+            return "on" if default else "off"
+        return "" if default is None else str(default)
 
     @property
     def metavar(self) -> str | None:
@@ -52,10 +57,15 @@ class Flag:
         inner = _inner(self.type)
         if inner is bool:
             return None
-        if typing.get_origin(inner) is Literal:
-            return "{" + ",".join(typing.get_args(inner)) + "}"
         element = typing.get_args(inner)[0] if typing.get_origin(inner) is tuple else inner
+        if typing.get_origin(element) is Literal:
+            return "{" + ",".join(typing.get_args(element)) + "}"
         return {int: "N", float: "X", str: "TEXT"}[element]
+
+    @property
+    def metavar_text(self) -> str:
+        """The same for documentation, where | separates columns."""
+        return (self.metavar or "on/off").strip("{}").replace(",", ", ")
 
 
 @dataclass(frozen=True)
@@ -90,22 +100,28 @@ def parser_for(config_type: type, description: str, prog: str | None = None) -> 
         allow_abbrev=False,
         add_help=False,
         argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+        formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=34, width=110),
     )
     general = parser.add_argument_group("General")
     general.add_argument("-h", "--help", action="help", help="show this text")
     if _has_model(config_type):
         general.add_argument("--preset", metavar="{" + ",".join(PRESETS) + "}", help="model size (default: gpt2)")
-        general.add_argument("--recipe", metavar="NAME", help="flags from configs/NAME.flags, or from a file; later flags win")
-    groups: dict[str, Any] = {}
+        general.add_argument(
+            "--recipe", metavar="NAME", help="flags from configs/NAME.flags, or from a file; later flags win"
+        )
+    groups: dict[str, argparse._ArgumentGroup] = {}
     for flag in flags_of(config_type):
-        group = groups.setdefault(flag.title, parser.add_argument_group(flag.title) if flag.title not in groups else None)
+        if flag.title not in groups:
+            groups[flag.title] = parser.add_argument_group(flag.title)
+        group = groups[flag.title]
         help_text = flag.help.replace("%", "%%")
         if _inner(flag.type) is bool:
             group.add_argument(flag.name, dest=flag.key, action=argparse.BooleanOptionalAction, help=help_text)
         else:
             many = typing.get_origin(_inner(flag.type)) is tuple
-            group.add_argument(flag.name, dest=flag.key, metavar=flag.metavar, nargs="*" if many else "?", help=help_text)
+            group.add_argument(
+                flag.name, dest=flag.key, metavar=flag.metavar, nargs="*" if many else "?", help=help_text
+            )
     return parser
 
 
@@ -134,7 +150,9 @@ def parse(
         if preset in PRESETS:
             values |= PRESETS[preset]
         else:
-            mistakes.append(f"--preset {preset} is unknown{did_you_mean(preset, PRESETS)}; there are {', '.join(PRESETS)}")
+            mistakes.append(
+                f"--preset {preset} is unknown{did_you_mean(preset, PRESETS)}; there are {', '.join(PRESETS)}"
+            )
     flags = {flag.key: flag for flag in flags_of(config_type)}
     for key, text in raw.items():
         if text is None:
@@ -218,6 +236,16 @@ def convert(value: Any, type_: Any, name: str) -> Any:
     except (TypeError, ValueError):
         kind = {int: "a whole number", float: "a number", str: "text"}[inner]
         raise UserError(f"{name} {value} is not {kind}") from None
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Shows values without brackets: they are optional only to let us say what is missing."""
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        shown = action.metavar or default_metavar
+        if action.nargs == 0:
+            return ""
+        return f"{shown} ..." if action.nargs == "*" else str(shown)
 
 
 class _Mistake(Exception):

@@ -17,7 +17,9 @@ def option(default: Any, help: str) -> Any:
 class ModelConfig:
     """Model"""
 
-    vocab_size: int | None = option(None, "vocabulary size V; default: the tokenizer's, from the data's manifest (50257 without one)")
+    vocab_size: int | None = option(
+        None, "vocabulary size V; default: the tokenizer's, from the data's manifest (50257 without one)"
+    )
     seq_length: int = option(1024, "sequence length T, in tokens: the context the model sees")
     d_model: int = option(768, "model dimension C")
     num_layers: int = option(12, "number of transformer blocks")
@@ -57,7 +59,9 @@ class DataConfig:
     train_batch_size: int = option(32, "sequences per micro-step, over all replicas together")
     eval_batch_size: int = option(32, "sequences per validation step, over all replicas together")
     gradient_accum_step: int = option(16, "micro-steps whose gradients are averaged into one optimizer step")
-    shuffle: bool = option(True, "visit the training windows in a seeded random order, a new one each epoch; --no-shuffle reads in order")
+    shuffle: bool = option(
+        True, "visit the training windows in a seeded random order, a new one each epoch; --no-shuffle reads in order"
+    )
     verify_data: Literal["auto", "full", "size"] = option(
         "auto", "check shards before training: full compares sha256, size only lengths, auto is full up to 1 GiB"
     )
@@ -73,12 +77,14 @@ class OptimConfig:
     weight_decay: float = option(0.1, "weight decay of matrices (biases and LayerNorm have none)")
     max_grad_norm: float = option(1.0, "clip the global gradient norm to this; 0 does not clip")
     decay_method: Literal["cosine", "linear", "noam", "trapezoid"] = option(
-        "cosine", "learning-rate decay after warm-up; trapezoid holds the peak, then falls linearly over --decay-steps (WSD)"
+        "cosine",
+        "learning-rate decay after warm-up; trapezoid holds the peak, then falls linearly over --decay-steps (WSD)",
     )
     warmup_steps: int = option(715, "steps of linear warm-up from 0 to the peak")
     min_lr: float = option(6e-5, "learning rate that the decay ends at")
     decay_steps: int | None = option(
-        None, "cosine, linear: the step at which --min-lr is reached (default --train-steps); trapezoid: length of the final fall (default 1/5 of it)"
+        None,
+        "cosine, linear: the step at which --min-lr is reached (default --train-steps); trapezoid: length of the final fall (default 1/5 of it)",
     )
 
 
@@ -90,7 +96,9 @@ class RunConfig:
     valid_steps: int | None = option(None, "validation steps per evaluation; default: the whole of --valid-dir")
     valid_interval: int = option(250, "validate every N steps; 0 only at the end")
     save_interval: int = option(1000, "save a checkpoint every N steps; 0 only at the end")
-    saved_checkpoint_limit: int = option(3, "checkpoints to keep, newest first; the best by validation loss is kept besides")
+    saved_checkpoint_limit: int = option(
+        3, "checkpoints to keep, newest first; the best by validation loss is kept besides"
+    )
     checkpoints_dir: str = option("runs/gpt2", "the run's folder: checkpoints, config.json, metrics.jsonl")
     resume: bool = option(False, "continue from the newest good checkpoint in --checkpoints-dir")
     from_checkpoint: str | None = option(None, "continue from this checkpoint folder instead")
@@ -109,7 +117,9 @@ class LoggingConfig:
     wandb_tags: tuple[str, ...] = option((), "W&B tags")
     wandb_notes: str | None = option(None, "W&B notes")
     wandb_resume_id: str | None = option(None, "continue this W&B run")
-    wandb_logging_interval: int | None = option(None, "log training metrics to W&B every N steps, a multiple of --log-interval (its default)")
+    wandb_logging_interval: int | None = option(
+        None, "log training metrics to W&B every N steps, a multiple of --log-interval (its default)"
+    )
 
 
 @dataclass(frozen=True)
@@ -117,18 +127,27 @@ class RuntimeConfig:
     """Device and precision"""
 
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
-        "bf16", "matmul precision under autocast; weights, optimizer state and loss stay float32. fp16 is for CUDA GPUs and uses a gradient scaler"
+        "bf16",
+        "matmul precision under autocast; weights, optimizer state and loss stay float32. fp16 is for CUDA GPUs and uses a gradient scaler",
     )
-    matmul_precision: Literal["highest", "high", "medium"] = option("highest", "precision of float32 matmuls; high lets CUDA use TF32")
-    loss_chunk: int = option(2048, "tokens per chunk of output layer and loss, so that no full float32 logits are ever held; 0 for one chunk")
+    matmul_precision: Literal["highest", "high", "medium"] = option(
+        "highest", "precision of float32 matmuls; high lets CUDA use TF32"
+    )
+    loss_chunk: int = option(
+        2048, "tokens per chunk of output layer and loss, so that no full float32 logits are ever held; 0 for one chunk"
+    )
 
 
 @dataclass(frozen=True)
 class TorchConfig(RuntimeConfig):
     """Device and precision"""
 
-    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option("auto", "device; auto takes the accelerator that torch finds, else the CPU")
-    ddp_backend: Literal["auto", "gloo", "nccl"] = option("auto", "torch.distributed backend under torchrun; auto is nccl on CUDA, else gloo")
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option(
+        "auto", "device; auto takes the accelerator that torch finds, else the CPU"
+    )
+    ddp_backend: Literal["auto", "gloo", "nccl"] = option(
+        "auto", "torch.distributed backend under torchrun; auto is nccl on CUDA, else gloo"
+    )
     compile: bool = option(False, "compile the model with torch.compile")
 
 
@@ -137,7 +156,9 @@ class XlaConfig(RuntimeConfig):
     """Device and precision"""
 
     mp_start_method: Literal["spawn", "fork"] = option("spawn", "how xmp.spawn starts the replicas' processes")
-    use_syncfree_optim: bool = option(True, "torch_xla's sync-free AdamW/Adam, which skips a step with non-finite gradients on the device")
+    use_syncfree_optim: bool = option(
+        True, "torch_xla's sync-free AdamW/Adam, which skips a step with non-finite gradients on the device"
+    )
     loader_prefetch_size: int = option(8, "host batches that MpDeviceLoader keeps ready")
     device_prefetch_size: int = option(4, "device batches that MpDeviceLoader keeps ready")
 
@@ -182,7 +203,10 @@ class XlaPretrainConfig(PretrainConfig):
 class PrepareConfig:
     """Preparing data"""
 
-    source: tuple[str, ...] = option(("pydoc",), "pydoc (Python's language reference), stdlib (its library's source), files or folders: .txt, .md, .py, .jsonl, .parquet")
+    source: tuple[str, ...] = option(
+        ("pydoc",),
+        "pydoc (Python's language reference), stdlib (its library's source), files or folders: .txt, .md, .py, .jsonl, .parquet",
+    )
     tokenizer: str = option("gpt2", "bytes, a tiktoken name such as gpt2, or a Hugging Face tokenizer.json or folder")
     output_dir: str = option("data/pydoc", "folder that receives train/ and valid/")
     text_column: str = option("text", "field of .jsonl and .parquet rows that holds the text")
@@ -196,7 +220,9 @@ class PrepareConfig:
 class FinewebConfig:
     """Preparing FineWeb"""
 
-    dataset: str = option("HuggingFaceFW/fineweb", "Hugging Face dataset, or a local parquet file or folder of FineWeb's schema")
+    dataset: str = option(
+        "HuggingFaceFW/fineweb", "Hugging Face dataset, or a local parquet file or folder of FineWeb's schema"
+    )
     name: str = option("sample-10BT", "configuration of the dataset")
     split: str = option("train", "split of the dataset")
     fineweb_edu: bool = option(False, "use HuggingFaceFW/fineweb-edu")
@@ -206,7 +232,10 @@ class FinewebConfig:
     tokenizer: str = option("gpt2", "bytes, a tiktoken name such as gpt2, or a Hugging Face tokenizer.json or folder")
     output_dir: str = option("data/fineweb", "folder that receives train/ and valid/")
     shard_size: int = option(100_000_000, "tokens per shard")
-    valid_tokens: int = option(10_000_000, "valid/ takes whole documents until it holds this many tokens; at most a tenth of the tokens of a small source")
+    valid_tokens: int = option(
+        10_000_000,
+        "valid/ takes whole documents until it holds this many tokens; at most a tenth of the tokens of a small source",
+    )
     num_workers: int | None = option(None, "processes that tokenize; default: one per core")
     seed: int = option(1337, "seed recorded in the manifest")
 
@@ -216,16 +245,46 @@ class GenerateConfig:
     """Generation"""
 
     model: str = option("runs/gpt2", "checkpoint folder, or run folder (its newest good checkpoint)")
-    tokenizer: str | None = option(None, "bytes, a tiktoken name, or a Hugging Face tokenizer; default: the one recorded in the checkpoint")
+    tokenizer: str | None = option(
+        None, "bytes, a tiktoken name, or a Hugging Face tokenizer; default: the one recorded in the checkpoint"
+    )
     prompt: str | None = option(None, "text to continue; without it, an interactive prompt")
     max_new_tokens: int = option(128, "tokens to add at most; ends earlier at end-of-text")
     temperature: float = option(0.8, "divides the logits; 0 always takes the most likely token")
     top_k: int | None = option(None, "sample among the k most likely tokens")
     top_p: float | None = option(None, "sample among the fewest tokens whose probabilities reach p")
     seed: int = option(1337, "seed of the sampling")
-    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option("auto", "device; auto takes the accelerator that torch finds, else the CPU")
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option(
+        "auto", "device; auto takes the accelerator that torch finds, else the CPU"
+    )
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure"""
+
+    runtimes: tuple[Literal["torch", "xla"], ...] = option(("torch", "xla"), "entry points to measure")
+    precisions: tuple[Literal["no", "bf16", "fp16"], ...] = option(
+        ("no", "bf16"), "values of --mixed-precision to measure"
+    )
+    train_batch_size: int = option(4, "sequences per micro-step")
+    gradient_accum_step: int = option(1, "micro-steps per optimizer step")
+    steps: int = option(20, "steps to time, after 3 that warm up")
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option("auto", "device of the torch rows")
+    compile: bool = option(False, "compile the torch rows with torch.compile")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Options of scripts/bench.py."""
+
+    model: ModelConfig = ModelConfig()
+    bench: BenchOptions = BenchOptions()
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain JSON types (tuples become lists)."""
-    return {name: list(v) if isinstance(v, tuple) else to_dict(v) if dataclasses.is_dataclass(v) else v for name, v in vars(config).items()}
+    return {
+        name: list(v) if isinstance(v, tuple) else to_dict(v) if dataclasses.is_dataclass(v) else v
+        for name, v in vars(config).items()
+    }

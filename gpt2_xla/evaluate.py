@@ -1,6 +1,6 @@
 """Validation loss over a whole split, the same for any number of replicas."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from gpt2_xla.loss import IGNORED
 from gpt2_xla.runtime.base import Runtime
 
 
-def evaluate(forward: nn.Module, host_batches: Iterable[Tensor], runtime: Runtime) -> float:
+def evaluate(forward: nn.Module, host_batches: Iterator[Tensor], runtime: Runtime) -> float:
     """Mean loss in nats per token over batches (B, 2, T) of inputs and targets; targets of -100 are padding.
 
     Sums on the device and fetches once, at the end.

@@ -79,12 +79,16 @@ class ProgressBar:
     def __init__(self, total: int, step: int) -> None:
         # In a log file a bar that redraws twice a second would drown everything else.
         interval = 0.5 if sys.stderr.isatty() else 30.0
-        self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, mininterval=interval, smoothing=0.05)
+        self._bar = tqdm(
+            total=total, initial=step, unit="step", dynamic_ncols=True, mininterval=interval, smoothing=0.05
+        )
 
     def write(self, record: Record) -> None:
         if record["kind"] == "valid":
             best = ", the best so far" if record["best"] else ""
-            tqdm.write(f"step {record['step']}: validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}{best}")
+            tqdm.write(
+                f"step {record['step']}: validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}{best}"
+            )
             return
         shown = {"loss": f"{record['loss']:.4f}", "tokens/s": f"{record['tokens_per_second']:,.0f}"}
         if record.get("mfu") is not None:

@@ -91,7 +91,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         heads = (batch, length, self.num_heads, width // self.num_heads)
-        q, k, v = (t.view(heads).transpose(1, 2) for t in self.c_attn(x).split(width, dim=2))  # (B, T, C) -> (B, H, T, D)
+        q, k, v = (
+            t.view(heads).transpose(1, 2) for t in self.c_attn(x).split(width, dim=2)
+        )  # (B, T, C) -> (B, H, T, D)
         dropout = self.dropout if self.training else 0.0
         # is_causal needs no stored mask, and its lower triangle is cut from no buffer.
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)

@@ -37,7 +37,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as `exp_avg.blocks.0.attn.c_attn.weight` → tensor: the same names on every runtime."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{kind}.{names[parameter]}": value
         for parameter, state in optimizer.state.items()

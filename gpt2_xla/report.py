@@ -34,12 +34,27 @@ def draw_loss_curve(run_dir: Path) -> Path:
 
     records = read_metrics(run_dir)
     train, valid = records["train"], records["valid"]
-    figure, (upper, lower) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=[4, 1], layout="constrained")
+    figure, (upper, lower) = pyplot.subplots(
+        2, 1, sharex=True, figsize=(8, 6), height_ratios=[4, 1], layout="constrained"
+    )
     upper.plot([r["step"] for r in train], [r["loss"] for r in train], color="#9ecae1", linewidth=1, label="training")
     if valid:
         best = min(valid, key=lambda r: r["loss"] if r["loss"] is not None else float("inf"))
-        upper.plot([r["step"] for r in valid], [r["loss"] for r in valid], color="#08519c", marker="o", markersize=3, label="validation")
-        upper.annotate(f"best {best['loss']:.3f}", (best["step"], best["loss"]), xytext=(0, 14), textcoords="offset points", ha="center")
+        upper.plot(
+            [r["step"] for r in valid],
+            [r["loss"] for r in valid],
+            color="#08519c",
+            marker="o",
+            markersize=3,
+            label="validation",
+        )
+        upper.annotate(
+            f"best {best['loss']:.3f}",
+            (best["step"], best["loss"]),
+            xytext=(0, 14),
+            textcoords="offset points",
+            ha="center",
+        )
     upper.set_ylabel("loss (nats per token)")
     upper.set_title(run_dir.name)
     upper.legend(frameon=False)

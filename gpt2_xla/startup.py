@@ -42,17 +42,17 @@ def _checkpoint_to_continue(config: PretrainConfig) -> Path | None:
     """The checkpoint that --from-checkpoint, --resume or --do-test asks for; None for a new run."""
     run = config.run
     if run.from_checkpoint is not None:
-        path = checkpoint.resolve(run.from_checkpoint)
-        if problems := checkpoint.problems(path):
-            raise UserError([f"--from-checkpoint {path}: {problem}" for problem in problems])
-        return path
+        try:
+            return checkpoint.resolve(run.from_checkpoint, _say, for_resume=True)
+        except UserError as error:
+            raise UserError([f"--from-checkpoint {mistake}" for mistake in error.mistakes]) from error
     folder = Path(run.checkpoints_dir)
     if run.resume or run.do_test:
-        path = checkpoint.newest_good(folder, _say)
-        if path is None:
+        newest = checkpoint.newest_good(folder, _say)
+        if newest is None:
             flag = "--resume" if run.resume else "--do-test"
             raise UserError(f"{flag}: there is no good checkpoint in --checkpoints-dir {folder}")
-        return path
+        return newest
     if existing := checkpoint.checkpoints(folder):
         raise UserError(
             f"--checkpoints-dir {folder} already holds {existing[0].name} of another run; "
@@ -101,7 +101,9 @@ def _with_vocabulary(config: Config, mistakes: list[str]) -> Config:
     ):
         if folder is None:
             if needed:
-                mistakes.append(f"{flag} is missing: a folder of token shards, for example from python scripts/prepare_text.py")
+                mistakes.append(
+                    f"{flag} is missing: a folder of token shards, for example from python scripts/prepare_text.py"
+                )
             continue
         try:
             found[flag] = manifests.read(Path(folder))
@@ -110,7 +112,9 @@ def _with_vocabulary(config: Config, mistakes: list[str]) -> Config:
     hashes = {m.tokenizer_hash for m in found.values() if m.tokenizer_hash}
     if len(hashes) > 1:
         names = " and ".join(str(m.tokenizer) for m in found.values())
-        mistakes.append(f"--train-dir and --valid-dir were prepared with different tokenizers: {names}; prepare them together")
+        mistakes.append(
+            f"--train-dir and --valid-dir were prepared with different tokenizers: {names}; prepare them together"
+        )
     if config.model.vocab_size is not None:
         return config
     sizes = [m.vocab_size for m in found.values() if m.vocab_size]

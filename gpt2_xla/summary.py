@@ -13,15 +13,27 @@ def summary(config: PretrainConfig, data: PretrainingData, parameters: int, mach
     flops = flops_per_token(model, parameters)
     tokens = run.train_steps * config.tokens_per_step
     rows = [
-        ("model", f"{model.num_layers} layers, {model.num_heads} heads, C {model.d_model}, T {model.seq_length}, V {model.vocabulary}"),
+        (
+            "model",
+            f"{model.num_layers} layers, {model.num_heads} heads, C {model.d_model}, T {model.seq_length}, V {model.vocabulary}",
+        ),
         ("parameters", f"{parameters:,}"),
         ("machine", f"{machine}, {_precision(config)}"),
         ("data", f"{_tokens(data)}; {data.checked}"),
         ("tokenizer", f"{data.manifest.tokenizer or 'unknown (no manifest)'}"),
-        ("batch", f"{config.tokens_per_step:,} tokens a step = {_micro_steps(config)}{config.data.train_batch_size} × {model.seq_length}"),
-        ("optimizer", f"{optim.optim_type}, lr {optim.learning_rate:g} → {optim.min_lr:g} {optim.decay_method}, {optim.warmup_steps} warm-up steps"),
+        (
+            "batch",
+            f"{config.tokens_per_step:,} tokens a step = {_micro_steps(config)}{config.data.train_batch_size} × {model.seq_length}",
+        ),
+        (
+            "optimizer",
+            f"{optim.optim_type}, lr {optim.learning_rate:g} → {optim.min_lr:g} {optim.decay_method}, {optim.warmup_steps} warm-up steps",
+        ),
         ("cost", f"{flops / 1e6:,.1f} MFLOP a token, {flops * tokens:.3g} FLOP in all"),
-        ("steps", f"{run.train_steps:,}{f', continuing at {step:,}' if step else ''}: {tokens:,} tokens{_epochs(config, data)}"),
+        (
+            "steps",
+            f"{run.train_steps:,}{f', continuing at {step:,}' if step else ''}: {tokens:,} tokens{_epochs(config, data)}",
+        ),
         ("run folder", run.checkpoints_dir),
     ]
     if run.from_checkpoint:

@@ -86,8 +86,13 @@ def restore(run: Run, source: Path) -> str | None:
 
 
 def train(run: Run) -> None:
-    """Train until --train-steps, or until the runtime says to stop; save where due, at the end and on a stop."""
+    """Train until --train-steps, or until the runtime says to stop; save where due, at the end and on a stop.
+
+    A new run validates once before its first step: a loss far from ln V, or too large an evaluation batch, shows then.
+    """
     config, runtime, total_steps = run.config, run.runtime, run.config.run.train_steps
+    if run.step == 0 and run.data.valid is not None and config.run.valid_interval:
+        validate(run)
     log = TrainingLog(config, runtime, run.metrics, flops_per_token(config.model, parameter_count(run.model)))
     batches = runtime.batches(run.data.training(run.samples, max(total_steps - run.step, 0)))
     run.forward.train()

@@ -5,9 +5,11 @@ import io
 import os
 import threading
 import tokenize
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
@@ -133,26 +135,26 @@ class TokenStream:
         if mistakes:
             raise UserError(mistakes)
         # Stream position at which each shard starts, and the stream's length at the end.
-        self._starts = np.cumsum([0] + [header.tokens for header in self._headers])
+        self._starts = [0, *accumulate(header.tokens for header in self._headers)]
         self._files: dict[int, io.FileIO] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def locate(self, position: int) -> tuple[Path, int]:
         """The shard that holds a stream position, and the token's index in it."""
-        shard = int(np.searchsorted(self._starts, position, side="right")) - 1
-        return self.paths[shard], position - int(self._starts[shard])
+        shard = bisect_right(self._starts, position) - 1
+        return self.paths[shard], position - self._starts[shard]
 
     def read_into(self, start: int, out: np.ndarray) -> None:
         """Fill `out` (n,) with tokens start..start+n-1 of the stream. IndexError beyond its end."""
         if start < 0 or start + len(out) > len(self):
             raise IndexError(f"tokens {start}..{start + len(out) - 1} of a stream of {len(self)}")
         done = 0
-        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        shard = bisect_right(self._starts, start) - 1
         while done < len(out):
-            first = start + done - int(self._starts[shard])
+            first = start + done - self._starts[shard]
             count = min(len(out) - done, self._headers[shard].tokens - first)
             if count > 0:  # a shard may be empty
                 out[done : done + count] = self._read(shard, first, count)

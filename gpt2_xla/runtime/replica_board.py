@@ -7,7 +7,6 @@ pickled, so a multiprocessing.Value cannot reach them. A small locked file can.
 import fcntl
 import json
 import mmap
-import os
 import struct
 import tempfile
 import traceback
@@ -76,7 +75,7 @@ class ReplicaBoard:
         self.close()
         for path in (self.path, self._failure_path):
             path.unlink(missing_ok=True)
-        os.rmdir(self.path.parent)
+        self.path.parent.rmdir()
 
     @property
     def _failure_path(self) -> Path:

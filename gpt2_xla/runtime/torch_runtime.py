@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2_xla import optim as optimizers
@@ -35,7 +36,7 @@ class TorchRuntime:
         _check_precision(config, self.device)
         if config.matmul_precision != "highest":  # torch's own default
             torch.set_float32_matmul_precision(config.matmul_precision)
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
+        self._scaler = GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
         self._stop_requested = False
         self._stop_vote: tuple[dist.Work, Tensor] | None = None
         self._control: dist.ProcessGroup | None = None
@@ -204,7 +205,9 @@ def pick_accelerator(wanted: str) -> str:
     found = accelerator.type if accelerator else "cpu"
     if wanted in ("auto", "cpu", found):
         return found if wanted == "auto" else wanted
-    raise UserError(f"--device {wanted}: torch {torch.__version__} finds no such device here, only {found}; use --device auto")
+    raise UserError(
+        f"--device {wanted}: torch {torch.__version__} finds no such device here, only {found}; use --device auto"
+    )
 
 
 def _pick_device(config: TorchConfig, local_rank: int) -> torch.device:
@@ -214,14 +217,18 @@ def _pick_device(config: TorchConfig, local_rank: int) -> torch.device:
     count = torch.accelerator.device_count()
     if local_rank >= count:
         processes = os.environ.get("LOCAL_WORLD_SIZE", "?")
-        raise UserError(f"--nproc_per_node={processes}, but this machine has {count} {kind} devices; start at most {count} processes")
+        raise UserError(
+            f"--nproc_per_node={processes}, but this machine has {count} {kind} devices; start at most {count} processes"
+        )
     torch.accelerator.set_device_index(local_rank)
     return torch.device(kind, local_rank)
 
 
 def _pick_backend(config: TorchConfig, device: torch.device) -> str:
     if config.ddp_backend == "nccl" and device.type != "cuda":
-        raise UserError(f"--ddp-backend nccl needs CUDA devices, but the device is {device.type}; use --ddp-backend gloo")
+        raise UserError(
+            f"--ddp-backend nccl needs CUDA devices, but the device is {device.type}; use --ddp-backend gloo"
+        )
     if config.ddp_backend == "auto":
         return "nccl" if device.type == "cuda" else "gloo"
     return config.ddp_backend

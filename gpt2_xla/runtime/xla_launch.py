@@ -18,6 +18,7 @@ from gpt2_xla.errors import UserError
 from gpt2_xla.runtime.base import Runtime
 from gpt2_xla.runtime.replica_board import ReplicaBoard
 
+DEVICES = ("TPU", "CPU")
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 Work = Callable[[Any, Runtime], Any]
 
@@ -41,7 +42,7 @@ def launch(config: XlaPretrainConfig, work: Work, replica: Callable[..., None] |
     try:
         arguments = (str(board.path), os.getpid(), config, work)
         xmp.spawn(replica or run_replica, args=arguments, start_method=config.runtime.mp_start_method)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - replaced by the replica's own error
         raise _replica_error(board, error) from None
     finally:
         supervisor.finish()
@@ -86,8 +87,13 @@ def check_installation() -> None:
                 f"torch_xla {xla_version} does not fit torch {torch_version}: their versions must match; "
                 "pip install -r requirements-xla_tpu.txt -c constraints.txt"
             )
-    if "PJRT_DEVICE" not in os.environ:
+    device = os.environ.get("PJRT_DEVICE")
+    if device is None:
         mistakes.append("PJRT_DEVICE is not set; start with PJRT_DEVICE=TPU, or PJRT_DEVICE=CPU to try without one")
+    elif device not in DEVICES:
+        mistakes.append(
+            f"PJRT_DEVICE={device} is not supported; use {' or '.join(DEVICES)} (on NVIDIA GPUs: run_pretrain.py)"
+        )
     if mistakes:
         raise UserError(mistakes)
 
@@ -125,5 +131,7 @@ def _replica_error(board: ReplicaBoard, error: Exception) -> Exception:
     if failure:
         return RuntimeError(f"a replica failed:\n{failure['traceback']}")
     if isinstance(error, BrokenProcessPool):
-        return RuntimeError("a replica's process was killed (out of memory?); its checkpoints are safe, add --resume to continue")
+        return RuntimeError(
+            "a replica's process was killed (out of memory?); its checkpoints are safe, add --resume to continue"
+        )
     return error

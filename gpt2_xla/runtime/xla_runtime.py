@@ -103,7 +103,7 @@ class XlaRuntime:
         norm = clip_gradients(model, max_grad_norm)
         if self.config.use_syncfree_optim:
             # A norm that is not finite means a gradient that is not: the step is skipped on the device.
-            optimizer.step(found_inf=(~torch.isfinite(norm)).float())  # type: ignore[call-arg]
+            optimizer.step(found_inf=(~torch.isfinite(norm)).float())  # type: ignore[call-overload]
         else:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)

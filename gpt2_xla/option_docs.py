@@ -1,0 +1,54 @@
+"""docs/configuration.md, generated from config.py."""
+
+from gpt2_xla.cli import flags_of
+from gpt2_xla.config import (
+    PRESETS,
+    BenchConfig,
+    FinewebConfig,
+    GenerateConfig,
+    PrepareConfig,
+    TorchPretrainConfig,
+    XlaPretrainConfig,
+)
+
+COMMANDS = {
+    "run_pretrain.py": TorchPretrainConfig,
+    "run_pretrain_xla.py": XlaPretrainConfig,
+    "scripts/prepare_text.py": PrepareConfig,
+    "scripts/prepare_fineweb.py": FinewebConfig,
+    "generate.py": GenerateConfig,
+    "scripts/bench.py": BenchConfig,
+}
+
+
+def configuration_page() -> str:
+    """The whole page, as Markdown."""
+    lines = [
+        "# Options",
+        "",
+        "Generated from `gpt2_xla/config.py` by `python scripts/write_configuration_md.py`; CI checks that it is up to date.",
+        "",
+        "A flag's strength, weakest first: its default, the checkpoint's saved configuration (`--resume`), `--preset`,",
+        "`--recipe`, the flag itself. Booleans also take `--no-…`. `--recipe NAME` reads flags from `configs/NAME.flags`.",
+        "",
+        "## Presets",
+        "",
+        "| `--preset` | " + " | ".join(f"`--{name.replace('_', '-')}`" for name in PRESETS["gpt2"]) + " |",
+        "|---" * (len(PRESETS["gpt2"]) + 1) + "|",
+    ]
+    lines += [f"| {name} | " + " | ".join(str(v) for v in preset.values()) + " |" for name, preset in PRESETS.items()]
+    shown: dict[str, str] = {}
+    for command, config_type in COMMANDS.items():
+        lines += ["", f"## {command}"]
+        titles: dict[str, list[str]] = {}
+        for flag in flags_of(config_type):
+            row = f"| `{flag.name}` | {flag.metavar_text} | {flag.default_text} | {flag.field.metadata['help']} |"
+            titles.setdefault(flag.title, []).append(row)
+        for title, rows in titles.items():
+            text = "\n".join(rows)
+            if text in shown:
+                lines += ["", f"### {title}", "", f"As for {shown[text]}."]
+                continue
+            shown[text] = command
+            lines += ["", f"### {title}", "", "| flag | value | default | meaning |", "|---|---|---|---|", *rows]
+    return "\n".join(lines) + "\n"

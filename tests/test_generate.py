@@ -1,0 +1,213 @@
+"""generate.py as a user starts it, and its parts in this process."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2_xla import checkpoint, generation
+from gpt2_xla.checkpoint import TrainerState
+from gpt2_xla.config import GenerateConfig, ModelConfig, PretrainConfig, to_dict
+from gpt2_xla.errors import UserError
+from gpt2_xla.model import GPT
+from gpt2_xla.tokenizer import ByteTokenizer
+
+torch.set_num_threads(1)  # see test_sampling.py
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ModelConfig(vocab_size=257, seq_length=16, d_model=32, num_layers=2, num_heads=2, tie_weights=False)
+
+
+def make_run(run_dir: Path, model_config: ModelConfig = MODEL, **state) -> Path:
+    """A run folder whose model says printable ASCII only, and not always the same."""
+    model = GPT(model_config)
+    model.initialize(seed=0)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(1))
+        # The final LayerNorm's bias pushes along one direction, in which only these ids lie.
+        model.ln_f.bias[0] = 50.0
+        model.lm_head.weight[:, 0] = -1.0
+        model.lm_head.weight[32:127, 0] = 1.0
+    config = to_dict(PretrainConfig(model=model_config))
+    recorded = {"tokenizer": "bytes", "tokenizer_hash": ByteTokenizer.hash} | state
+    checkpoint.save(run_dir, TrainerState(10, 80, config, **recorded), model.state_dict(), {}, 256)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+def generate(*arguments: object, typed: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "generate.py", "--device", "cpu", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, input=typed, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_a_prompt_is_continued_and_the_seed_decides_how(run_dir):
+    options = ("--model", run_dir, "--prompt", "né ", "--max-new-tokens", 40, "--top-k", 50, "--top-p", 0.9)
+    first, again = generate(*options), generate(*options)
+    assert (first.returncode, first.stderr) == (0, "")
+    assert re.fullmatch(r"né [ -~]{40}\n", first.stdout)
+    assert again.stdout == first.stdout
+
+
+def test_interactive_lines_are_each_continued_until_the_input_ends(run_dir):
+    result = generate("--model", run_dir, "--max-new-tokens", 5, "--temperature", 0, typed="one\n\ntwo\n")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.fullmatch(r">> one[ -~]{5}\n>> >> two[ -~]{5}\n>> \n", result.stdout)
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+def test_ctrl_c_ends_without_a_traceback(run_dir, interactive):
+    prompt = [] if interactive else ["--prompt", "x", "--max-new-tokens", "10000000"]
+    command = [sys.executable, "generate.py", "--device", "cpu", "--model", str(run_dir), *prompt]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes) as process:
+        try:
+            assert process.stdout.read(1)  # it has started to write: it is at the prompt, or generating
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert b"Traceback" not in errors
+    assert process.returncode == (0 if interactive else 130)
+
+
+def test_a_reader_that_goes_away_ends_it_quietly(run_dir):
+    command = (
+        f"{sys.executable} generate.py --device cpu --model {run_dir} --prompt x --max-new-tokens 100000 | head -c 20"
+    )
+    result = subprocess.run(
+        command, shell=True, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert len(result.stdout) == 20
+    assert result.stderr == ""
+
+
+def test_all_mistakes_are_listed_at_once(tmp_path):
+    result = generate(
+        *("--model", tmp_path, "--tokenizer", "byte", "--max-new-tokens", 0, "--temperature", -1),
+        *("--top-p", 1.5, "--top-k", 0, "--seed", -1, "--prompt", "x"),
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("7 errors:")
+    for flag in ("--model", "--tokenizer byte", "--max-new-tokens 0", "--temperature -1", "--top-p 1.5", "--top-k 0"):
+        assert flag in result.stderr
+
+
+# The rest runs in this process: starting Python takes longer than all of it.
+
+
+def run(run_dir: Path, prompt: str, **options) -> None:
+    generation.run(GenerateConfig(model=str(run_dir), prompt=prompt, device="cpu", **options))
+
+
+def test_greedy_text_does_not_depend_on_the_seed(run_dir, capsys):
+    texts = []
+    for seed in (1, 2):
+        run(run_dir, "abc", temperature=0.0, max_new_tokens=30, seed=seed)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    run(run_dir, "abc", temperature=1.0, max_new_tokens=30, seed=1)
+    assert capsys.readouterr().out != texts[0]
+
+
+def test_a_long_prompt_is_cut_on_the_left_with_a_note(run_dir, capsys):
+    run(run_dir, "x" * 100 + "the last sixteen", temperature=0.0, max_new_tokens=10)
+    long = capsys.readouterr()
+    assert long.err == "note: the prompt has 116 tokens; the model sees the last 16\n"
+    run(run_dir, "the last sixteen", temperature=0.0, max_new_tokens=10)
+    short = capsys.readouterr()
+    assert short.err == ""
+    assert long.out == "x" * 100 + short.out
+
+
+def test_an_empty_prompt_starts_from_end_of_text_and_says_so(run_dir, capsys):
+    run(run_dir, "", temperature=0.0, max_new_tokens=10)
+    shown = capsys.readouterr()
+    assert shown.err == "note: the prompt is empty; starting from end-of-text\n"
+    assert re.fullmatch(r"[ -~]{10}\n", shown.out)
+
+
+def test_generation_ends_at_end_of_text(tmp_path, capsys):
+    folder = make_run(tmp_path)
+    path = checkpoint.resolve(str(folder))
+    weights = {name: value.clone() for name, value in checkpoint.read_weights(path).items()}
+    weights["lm_head.weight"][256, 0] = 2.0  # end-of-text wins everywhere
+    checkpoint.save(folder, checkpoint.read_state(path), weights, {}, 256)
+    run(folder, "the end")
+    assert capsys.readouterr().out == "the end\n"
+
+
+def test_the_tokenizer_saved_in_the_checkpoint_is_the_default(tmp_path, capsys):
+    from tokenizers import Tokenizer, decoders, models
+
+    vocabulary = {letter: i for i, letter in enumerate("abcdefgh")} | {"<|endoftext|>": 8}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    files = tmp_path / "tokenizer"
+    files.mkdir()
+    tokenizer.save(str(files / "tokenizer.json"))
+    model = GPT(MODEL)
+    model.initialize(0)
+    # Recorded under a path that is gone by now.
+    state = TrainerState(1, 1, to_dict(PretrainConfig(model=MODEL)), tokenizer="/gone/tokenizer.json")
+    checkpoint.save(tmp_path / "run", state, model.state_dict(), {}, 8, files)
+    run(tmp_path / "run", "abba", max_new_tokens=20, temperature=5.0)
+    # Ids from 9 on have no text in this vocabulary: they are never drawn.
+    assert re.fullmatch(r"abba[a-h]{0,20}\n", capsys.readouterr().out)
+
+
+def test_a_tokenizer_that_the_model_was_not_trained_with_is_warned_about(tmp_path, capsys):
+    run(make_run(tmp_path, tokenizer="gpt2", tokenizer_hash="another"), "x", tokenizer="bytes", max_new_tokens=1)
+    error = capsys.readouterr().err
+    assert error.startswith("warning: tokenizer bytes is not the one that the model was trained with (gpt2)")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path):
+    small = ModelConfig(vocab_size=256, seq_length=16, d_model=32, num_layers=1, num_heads=2)
+    with pytest.raises(UserError, match=r"--tokenizer bytes has 257 tokens, but the model of .* knows 256"):
+        run(make_run(tmp_path, small), "x")
+
+
+def test_a_checkpoint_that_records_no_tokenizer_asks_for_one(tmp_path):
+    with pytest.raises(UserError, match="records no tokenizer; name one with --tokenizer"):
+        run(make_run(tmp_path, tokenizer=None, tokenizer_hash=None), "x")
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path, capsys):
+    make_run(tmp_path)
+    newest = tmp_path / "step-00000020"
+    newest.mkdir()
+    run(tmp_path, "x", max_new_tokens=3)
+    error = capsys.readouterr().err
+    assert "step-00000020 is damaged" in error
+    assert "falling back to checkpoint" in error
+
+
+@pytest.mark.parametrize(
+    "harm, says",
+    [
+        (lambda p: p.write_text("{"), "not valid JSON"),
+        (lambda p: p.write_text(json.dumps({"model_type": "bert"})), "model_type is 'bert'"),
+        (lambda p: p.write_text(json.dumps(json.loads(p.read_text()) | {"n_embd": 64})), "the model's is"),
+    ],
+)
+def test_a_hugging_face_folder_that_we_cannot_run_is_explained(run_dir, tmp_path, harm, says):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(run_dir / "step-00000010" / name, tmp_path / name)
+    run(tmp_path, "x", tokenizer="bytes", max_new_tokens=1)
+    harm(tmp_path / "config.json")
+    with pytest.raises(UserError, match=says):
+        run(tmp_path, "x", tokenizer="bytes", max_new_tokens=1)

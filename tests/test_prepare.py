@@ -1,0 +1,456 @@
+"""Preparing data: what goes in comes out, for any number of processes; mistakes get one sentence and leave nothing."""
+
+import gzip
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gpt2_xla.config import FinewebConfig, PrepareConfig
+from gpt2_xla.data import encode, prepare, sources
+from gpt2_xla.data import manifest as manifests
+from gpt2_xla.data.shards import open_shard
+from gpt2_xla.errors import UserError
+from gpt2_xla.tokenizer import ByteTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+EOT = 256
+TEXTS = ["first é", "", "second\n", "third 日本 " * 30, "a\ud800b", "nul \0 <|endoftext|>"]
+
+
+def tokens_of(folder: Path) -> list[int]:
+    manifest = manifests.read(folder)
+    manifests.verify(folder, manifest, full=True)
+    return np.concatenate([open_shard(path) for path in manifest.paths(folder)]).tolist()
+
+
+def stream_of(texts: list[str]) -> list[int]:
+    return [token for text in texts if text for token in (*ByteTokenizer().encode(text), EOT)]
+
+
+def config_for(source: Path | str, output: Path, **options) -> PrepareConfig:
+    defaults = PrepareConfig(source=(str(source),), tokenizer="bytes", output_dir=str(output), num_workers=1)
+    return replace(defaults, **options)
+
+
+def write_parquet(path: Path, texts: list[str | None], column: str = "text", **options) -> Path:
+    table = pa.table({column: pa.array(texts, pa.string()), "id": list(range(len(texts)))})
+    pq.write_table(table, path, **options)
+    return path
+
+
+def files_under(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def run_script(name: str, *arguments: object, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=90)
+
+
+# What comes out
+
+
+def test_one_file_splits_at_the_byte(tmp_path: Path) -> None:
+    text = "To be, or not to be: é.\r\n" * 97
+    (tmp_path / "play.txt").write_bytes(text.encode())
+    prepare.prepare_text(config_for(tmp_path / "play.txt", tmp_path / "out", shard_size=1000))
+    data = list(text.encode())
+    cut = int(len(data) * 0.9)
+    assert tokens_of(tmp_path / "out" / "train") == data[:cut]
+    assert tokens_of(tmp_path / "out" / "valid") == [*data[cut:], EOT]
+    train = manifests.read(tmp_path / "out" / "train")
+    valid = manifests.read(tmp_path / "out" / "valid")
+    assert [shard.tokens for shard in train.shards] == [1000, 1000, cut - 2000]
+    assert (train.documents, valid.documents) == (0, 1)
+    assert (train.text_bytes, valid.text_bytes) == (cut, len(data) - cut)
+    assert (train.tokenizer, train.vocab_size, train.end_of_text, train.split) == ("bytes", 257, EOT, "train")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train", "valid"]
+
+
+def test_documents_end_with_end_of_text_and_empty_ones_are_left_out(tmp_path: Path) -> None:
+    lines = "\n".join(json.dumps({"body": text}) for text in TEXTS)
+    (tmp_path / "a.jsonl").write_text(lines + "\n\n")
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(lines)
+    write_parquet(tmp_path / "c.parquet", ["row", None, "", "last"], "body")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "d.md").write_text("markdown")
+    (tmp_path / ".hidden.txt").write_text("hidden")
+    (tmp_path / "e.bin").write_text("not text")
+    prepare.prepare_text(config_for(tmp_path, tmp_path / "out", text_column="body", valid_fraction=0.0))
+    expected = [*TEXTS, *TEXTS, "row", "last", "markdown"]
+    assert tokens_of(tmp_path / "out" / "train") == stream_of(expected)
+    assert not (tmp_path / "out" / "valid").exists()
+    manifest = manifests.read(tmp_path / "out" / "train")
+    assert manifest.documents == sum(1 for text in expected if text)
+    assert manifest.text_bytes == manifest.tokens - manifest.documents
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+def test_text_bytes_are_right_where_the_split_cuts_a_document(
+    tmp_path: Path, tokenizer: str, tiktoken_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "CHUNK_CHARACTERS", 100)
+    texts = [f"document {i} says hello " * (i + 1) for i in range(12)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    for fraction in (0.03, 0.1, 0.5, 0.9):
+        out = tmp_path / f"out{fraction}"
+        prepare.prepare_text(config_for(tmp_path / "a.jsonl", out, tokenizer=tokenizer, valid_fraction=fraction))
+        train, valid = (manifests.read(out / split) for split in ("train", "valid"))
+        decoded = prepare.load_tokenizer(tokenizer).decode_bytes(
+            [t for t in tokens_of(out / "train") if t != train.end_of_text]
+        )
+        assert train.text_bytes == len(decoded)
+        assert train.text_bytes + valid.text_bytes == sum(map(len, texts))
+        assert train.documents + valid.documents == len(texts)
+
+
+def test_fineweb_takes_whole_documents_for_valid(tmp_path: Path) -> None:
+    texts = [f"document {i} " * (i % 7 + 1) for i in range(200)]
+    write_parquet(tmp_path / "a.parquet", texts[:120], row_group_size=50)
+    write_parquet(tmp_path / "b.parquet", texts[120:])
+    config = FinewebConfig(dataset=str(tmp_path), tokenizer="bytes", num_workers=1, shard_size=1500)
+    whole = stream_of(texts)
+    for want, atleast in ((500, 500), (10**7, len(whole) // 10)):
+        out = tmp_path / f"out{want}"
+        prepare.prepare_fineweb(replace(config, output_dir=str(out), valid_tokens=want))
+        train, valid = tokens_of(out / "train"), tokens_of(out / "valid")
+        assert train + valid == whole
+        assert train[-1] == EOT
+        assert atleast <= len(valid) < atleast + 100  # a document has at most 92 tokens
+    prepare.prepare_fineweb(replace(config, output_dir=str(tmp_path / "all"), valid_tokens=0))
+    assert tokens_of(tmp_path / "all" / "train") == whole
+
+
+def test_fineweb_split_of_one_long_document_and_a_short_one(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", ["x", "y" * 1000])
+    config = FinewebConfig(dataset=str(tmp_path), tokenizer="bytes", num_workers=1, output_dir=str(tmp_path / "out"))
+    prepare.prepare_fineweb(config)
+    assert tokens_of(tmp_path / "out" / "train") == stream_of(["x"])
+    write_parquet(tmp_path / "a.parquet", ["only one"])
+    with pytest.raises(UserError, match="one document, which can't be split"):
+        prepare.prepare_fineweb(replace(config, output_dir=str(tmp_path / "out2")))
+
+
+def test_builtin_sources_are_there_and_deterministic() -> None:
+    pydoc = list(sources.text_documents(("pydoc",), "text"))
+    assert sum(map(len, pydoc)) > 300_000
+    assert pydoc == list(sources.text_documents(("pydoc",), "text"))
+    stdlib = sources._stdlib_files()
+    assert len(stdlib) > 300
+    assert not any({"test", "site-packages"} & set(file.parts[-4:]) for file in stdlib)
+
+
+def test_a_very_long_document_is_no_problem(tmp_path: Path) -> None:
+    text = "long " * 600_000
+    (tmp_path / "a.txt").write_text(text)
+    prepare.prepare_text(config_for(tmp_path / "a.txt", tmp_path / "out", valid_fraction=0.5))
+    assert manifests.read(tmp_path / "out" / "train").tokens == len(text) // 2
+
+
+# Any number of processes
+
+
+def test_number_of_processes_changes_no_byte(
+    tmp_path: Path, shared_data: Path, tiktoken_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = []
+    for workers in (1, 2, 3):
+        out = tmp_path / str(workers)
+        config = config_for(shared_data / "web_sample", out, tokenizer="gpt2", shard_size=100_000, num_workers=workers)
+        prepare.prepare_text(config)
+        outputs.append(files_under(out))
+    assert len(outputs[0]) == 8  # 5 + 1 shards, 2 manifests
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def endless_texts(folder: Path) -> Path:
+    """A source that takes long: one file in many hard links."""
+    folder.mkdir()
+    (folder / "0.txt").write_text("some words to tokenize, and more of them\n" * 20_000)
+    for i in range(1, 2000):
+        os.link(folder / "0.txt", folder / f"{i}.txt")
+    return folder
+
+
+def start_long_run(tmp_path: Path) -> tuple[subprocess.Popen, list[psutil.Process]]:
+    """A run with two workers, both at work; the command and its worker processes."""
+    source = endless_texts(tmp_path / "in")
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "prepare_text.py"),
+        "--source",
+        str(source),
+        "--tokenizer",
+        "bytes",
+    ]
+    command += ["--num-workers", "2", "--output-dir", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    stream = tmp_path / "out" / ".preparing" / "stream.bin"
+    deadline = time.monotonic() + 40
+    while not (stream.exists() and stream.stat().st_size > 0):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no tokens within 40 s"
+        time.sleep(0.05)
+    return process, psutil.Process(process.pid).children(recursive=True)
+
+
+def workers_among(children: list[psutil.Process]) -> list[psutil.Process]:
+    """The tokenizing processes, without multiprocessing's own; there must be some."""
+    workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    assert workers
+    return workers
+
+
+def test_interrupt_leaves_no_files_and_no_processes(tmp_path: Path) -> None:
+    process, children = start_long_run(tmp_path)
+    for worker in workers_among(children):
+        # A worker that saw Ctrl-C while it waits would print a traceback; one at work would not, so ask for the mask.
+        blocked = Path(f"/proc/{worker.pid}/status").read_text().split("SigBlk:")[1].split()[0]
+        assert int(blocked, 16) >> (signal.SIGINT - 1) & 1
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=40)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert not list((tmp_path / "out").iterdir())
+    assert not psutil.wait_procs(children, timeout=20)[1]
+
+
+def test_killed_run_leaves_no_processes_and_does_not_block_the_next(tmp_path: Path) -> None:
+    process, children = start_long_run(tmp_path)
+    process.kill()
+    process.communicate(timeout=40)
+    assert not psutil.wait_procs(children, timeout=20)[1]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".preparing"]
+    (tmp_path / "b.txt").write_text("another text")
+    prepare.prepare_text(config_for(tmp_path / "b.txt", tmp_path / "out"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train", "valid"]
+
+
+def test_a_dying_worker_ends_the_run_with_one_sentence(tmp_path: Path) -> None:
+    process, children = start_long_run(tmp_path)
+    workers_among(children)[0].kill()
+    _, errors = process.communicate(timeout=40)
+    assert process.returncode == 2
+    assert "one of the 2 tokenizing processes died" in errors
+    assert "Traceback" not in errors
+    assert not list((tmp_path / "out").iterdir())
+
+
+# An output folder that holds something
+
+
+def test_same_command_again_keeps_the_data(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text("hello world " * 9)
+    config = config_for(tmp_path / "a.txt", tmp_path / "out")
+    prepare.prepare_text(config)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    prepare.prepare_text(replace(config, num_workers=2))
+    assert "already holds this data" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+
+
+def test_missing_split_is_made_again(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello world " * 9)
+    config = config_for(tmp_path / "a.txt", tmp_path / "out")
+    prepare.prepare_text(config)
+    before = files_under(tmp_path / "out")
+    (tmp_path / "out" / "train").rename(tmp_path / "gone")
+    prepare.prepare_text(config)
+    assert files_under(tmp_path / "out") == before
+    (tmp_path / "a.txt").write_text("hello other " * 9)
+    (tmp_path / "out" / "valid").rename(tmp_path / "gone2")
+    with pytest.raises(UserError, match="holds other tokens than this command makes now"):
+        prepare.prepare_text(config)
+
+
+def test_other_data_in_the_way_is_refused_and_kept(tmp_path: Path, tiktoken_cache: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello world " * 9)
+    config = config_for(tmp_path / "a.txt", tmp_path / "out")
+    prepare.prepare_text(config)
+    before = files_under(tmp_path / "out")
+    for other, said in (
+        (replace(config, tokenizer="gpt2"), "its tokenizer's hash is"),
+        (replace(config, valid_fraction=0.2), "its command is"),
+        (replace(config, source=("pydoc",)), "its command is"),
+    ):
+        with pytest.raises(UserError, match=f"holds other data: {said}"):
+            prepare.prepare_text(other)
+    assert files_under(tmp_path / "out") == before
+    next((tmp_path / "out" / "train").glob("*.npy")).open("r+b").truncate(130)
+    with pytest.raises(UserError, match="its header promises") as caught:
+        prepare.prepare_text(config)
+    assert "to prepare it again" in caught.value.mistakes[-1]
+
+
+def test_foreign_files_in_the_way_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "out" / "train").mkdir(parents=True)
+    (tmp_path / "out" / "train" / "thesis.doc").touch()
+    with pytest.raises(UserError, match="holds files that no prepare command wrote"):
+        prepare.prepare_text(config_for("pydoc", tmp_path / "out"))
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    with prepare.work_folder(tmp_path), pytest.raises(UserError, match="another command is preparing"):
+        prepare.prepare_text(config_for("pydoc", tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize("make", [prepare.prepare_text, prepare.prepare_fineweb])
+def test_wrong_column_lists_the_columns(tmp_path: Path, make) -> None:
+    write_parquet(tmp_path / "a.parquet", ["x"], "body")
+    config = config_for(tmp_path / "a.parquet", tmp_path / "out")
+    if make is prepare.prepare_fineweb:
+        config = FinewebConfig(dataset=str(tmp_path), tokenizer="bytes", output_dir=str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"a.parquet has no --text-column text; its columns: body, id"):
+        make(config)
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.parquet", b"PAR1 this is no parquet PAR1", r"a.parquet can't be read as parquet"),
+        ("a.parquet", b"", r"a.parquet can't be read as parquet"),
+        ("a.txt", b"caf\xe9", r"a.txt is not UTF-8 text \(byte 0xe9 at position 3\)"),
+        ("a.jsonl", b'{"text": "x"}\n{"text', r"a.jsonl:2 is not a line of JSON"),
+        ("a.jsonl", b'{"body": "x", "n": 1}', r"a.jsonl:1 has no text in --text-column text; its fields: body, n"),
+        ("a.jsonl", b'{"text": 5}', r"a.jsonl:1 has no text in --text-column text"),
+        ("a.jsonl", b"[1]", r"a.jsonl:1 has no text"),
+        ("a.jsonl.gz", b"no gzip", r"a.jsonl.gz is cut short or damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:40], r"a.jsonl.gz is cut short or damaged"),
+        ("a.txt", b"", r"there is no text in it"),
+        ("a.txt", b"x", r"too little text to split"),
+    ],
+)
+def test_bad_source_files_are_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        prepare.prepare_text(config_for(tmp_path / name, tmp_path / "out"))
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize("make", ["text", "fineweb"])
+def test_corrupt_parquet_page_is_named(tmp_path: Path, make: str) -> None:
+    file = write_parquet(tmp_path / "a.parquet", [f"text {i}" * 50 for i in range(2000)], compression="zstd")
+    data = bytearray(file.read_bytes())
+    data[200:260] = bytes(60)
+    file.write_bytes(data)
+    documents = {
+        "text": lambda: sources.text_documents((str(file),), "text"),
+        "fineweb": lambda: sources.fineweb_documents(FinewebConfig(dataset=str(file))),
+    }[make]()
+    with pytest.raises(UserError, match=r"a.parquet can't be read as parquet"):
+        list(documents)
+
+
+def test_all_mistakes_of_a_command_are_listed(tmp_path: Path) -> None:
+    config = config_for(
+        tmp_path / "nowhere", tmp_path, tokenizer="gpt-2", valid_fraction=1.0, shard_size=0, num_workers=0
+    )
+    with pytest.raises(UserError) as caught:
+        prepare.prepare_text(config)
+    assert len(caught.value.mistakes) == 5
+    with pytest.raises(UserError) as caught:
+        prepare.prepare_fineweb(FinewebConfig(valid_tokens=-1, tokenizer="nope", shard_size=0))
+    assert len(caught.value.mistakes) == 3
+
+
+def test_folder_without_readable_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with pytest.raises(UserError, match=r"holds no .txt, "):
+        prepare.prepare_text(config_for(tmp_path / "in", tmp_path / "out"))
+
+
+def test_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--output-dir .*file/out: can't write .*Not a directory"):
+        prepare.prepare_text(config_for("pydoc", tmp_path / "file" / "out"))
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    # The limit on file size fails as a full disk does, in write().
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"--output-dir .*: can't write .*; make room"):
+            prepare.prepare_text(config_for("pydoc", tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "out").iterdir())
+
+
+# As a user starts them
+
+
+def test_scripts_prepare_from_any_folder(tmp_path: Path) -> None:
+    done = run_script("prepare_text.py", "--tokenizer", "bytes", "--output-dir", "data", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "python run_pretrain.py --train-dir data/train --valid-dir data/valid" in done.stdout
+    manifest = manifests.read(tmp_path / "data" / "train")
+    assert manifest.command.startswith("python scripts/prepare_text.py --source pydoc --tokenizer bytes")
+    assert manifest.source[0].startswith("pydoc of CPython 3.")
+
+
+def test_fineweb_script_reads_local_parquet(tmp_path: Path, shared_data: Path, tiktoken_cache: Path) -> None:
+    out = tmp_path / "web"
+    done = run_script("prepare_fineweb.py", "--dataset", shared_data / "web_sample", "--output-dir", out)
+    assert done.returncode == 0, done.stderr
+    train, valid = (manifests.read(out / split) for split in ("train", "valid"))
+    assert train.documents + valid.documents == 780
+    assert train.tokens + valid.tokens == 488_133
+    texts = [
+        row
+        for name in ("000", "001")
+        for row in pq.read_table(shared_data / "web_sample" / f"{name}_00000.parquet")["text"].to_pylist()
+    ]
+    tokenizer = prepare.load_tokenizer("gpt2")
+    first = tokens_of(out / "train")[: len(tokenizer.encode(texts[0])) + 1]
+    assert first == [*tokenizer.encode(texts[0]), 50256]
+    assert tokens_of(out / "valid")[-len(tokenizer.encode(texts[-1])) - 1 :] == [*tokenizer.encode(texts[-1]), 50256]
+
+
+def test_fineweb_without_network_names_the_host(tmp_path: Path) -> None:
+    done = run_script(
+        "prepare_fineweb.py",
+        "--tokenizer",
+        "bytes",
+        "--output-dir",
+        tmp_path / "out",
+        HF_HUB_OFFLINE="1",
+        HF_HOME=str(tmp_path),
+    )
+    assert done.returncode == 2
+    assert "huggingface.co" in done.stderr
+    assert "--dataset PATH" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["prepare_text.py", "prepare_fineweb.py"])
+def test_mistakes_end_with_status_2_and_no_traceback(tmp_path: Path, script: str) -> None:
+    done = run_script(script, "--tokenizer", "byte", "--output-dir", tmp_path / "out")
+    assert done.returncode == 2
+    assert "did you mean bytes" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_preparing_text_imports_no_torch() -> None:
+    code = "import sys; import gpt2_xla.data.prepare; sys.exit(any(m in sys.modules for m in ('torch', 'datasets', 'pyarrow')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
