@@ -105,9 +105,10 @@ def parser_for(config_type: type, description: str, prog: str | None = None) -> 
     general = parser.add_argument_group("General")
     general.add_argument("-h", "--help", action="help", help="show this text")
     if _has_model(config_type):
-        general.add_argument("--preset", metavar="{" + ",".join(PRESETS) + "}", help="model size (default: gpt2)")
+        presets = "{" + ",".join(PRESETS) + "}"
+        general.add_argument("--preset", nargs="?", metavar=presets, help="model size (default: gpt2)")
         general.add_argument(
-            "--recipe", metavar="NAME", help="flags from configs/NAME.flags, or from a file; later flags win"
+            "--recipe", nargs="?", metavar="NAME", help="flags from configs/NAME.flags, or a file; flags given here win"
         )
     groups: dict[str, argparse._ArgumentGroup] = {}
     for flag in flags_of(config_type):
@@ -139,14 +140,21 @@ def parse(
     parser = parser_for(config_type, description, prog)
     raw = vars(_parse_tokens(parser, argv))
     mistakes: list[str] = raw.pop("mistakes")
+    for name in ("recipe", "preset"):
+        if name in raw and raw[name] is None:
+            mistakes.append(f"--{name} needs a value")
+            del raw[name]
     if "recipe" in raw:
-        recipe = raw.pop("recipe") or "(nothing)"
-        from_recipe = vars(_parse_tokens(parser, read_recipe(recipe)))
-        mistakes += [f"in recipe {recipe}: {m}" for m in from_recipe.pop("mistakes")]
-        raw = from_recipe | raw
+        recipe = raw.pop("recipe")
+        try:
+            from_recipe = vars(_parse_tokens(parser, read_recipe(recipe)))
+            mistakes += [f"in recipe {recipe}: {m}" for m in from_recipe.pop("mistakes")]
+            raw = from_recipe | raw
+        except UserError as error:
+            mistakes += error.mistakes
     values: dict[str, Any] = {}
     if "preset" in raw:
-        preset = raw.pop("preset") or "(nothing)"
+        preset = raw.pop("preset")
         if preset in PRESETS:
             values |= PRESETS[preset]
         else:
@@ -202,8 +210,11 @@ def read_recipe(name: str) -> list[str]:
         raise UserError(
             f"--recipe {name}: no such file or recipe{did_you_mean(name, known)}; there are {', '.join(known) or 'none'}"
         )
-    tokens = shlex.split(path.read_text(), comments=True)
-    if "--recipe" in tokens:
+    try:
+        tokens = shlex.split(path.read_text(encoding="utf-8"), comments=True)
+    except (OSError, ValueError) as error:  # ValueError: an unclosed quote, or no text
+        raise UserError(f"--recipe {path} can't be read as flags: {error}") from error
+    if any(token.split("=")[0] == "--recipe" for token in tokens):
         raise UserError(f"{path}: a recipe cannot name another --recipe")
     return tokens
 
@@ -219,6 +230,8 @@ def convert(value: Any, type_: Any, name: str) -> Any:
     inner = _inner(type_)
     if typing.get_origin(inner) is tuple:
         elements = typing.get_args(inner)
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{name} {value} is not a list")
         if elements[-1] is not Ellipsis and len(value) != len(elements):
             raise UserError(f"{name} takes {len(elements)} values, got {len(value)}: {' '.join(map(str, value))}")
         return tuple(convert(v, elements[0], name) for v in value)
@@ -227,14 +240,14 @@ def convert(value: Any, type_: Any, name: str) -> Any:
         if value not in choices:
             raise UserError(f"{name} {value} is not one of {', '.join(choices)}{did_you_mean(str(value), choices)}")
         return value
-    if inner is bool:
-        return bool(value)
+    # A flag's text is read as a number; a saved value must be one already (true is an int to Python, not to us).
+    takes: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (int, str), float: (float, int, str), str: (str,)}
     try:
-        if inner is int and isinstance(value, str):
-            return int(value.replace("_", ""))
+        if not isinstance(value, takes[inner]) or (isinstance(value, bool) and inner is not bool):
+            raise TypeError
         return inner(value)
     except (TypeError, ValueError):
-        kind = {int: "a whole number", float: "a number", str: "text"}[inner]
+        kind = {bool: "on or off", int: "a whole number", float: "a number", str: "text"}[inner]
         raise UserError(f"{name} {value} is not {kind}") from None
 
 

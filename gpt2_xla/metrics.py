@@ -1,7 +1,9 @@
 """What a run tells: one Metrics object, and the sinks that it writes to (progress bar, JSONL, W&B)."""
 
+import contextlib
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from gpt2_xla.config import LoggingConfig, PretrainConfig, to_dict
+from gpt2_xla.errors import UserError
 
 Record = dict[str, Any]
 
@@ -63,14 +66,19 @@ class Metrics:
 
 
 def open_metrics(config: PretrainConfig, step: int, rank: int, wandb_id: str | None = None) -> Metrics:
-    """The sinks that the configuration asks for, on rank 0; none elsewhere."""
+    """The sinks that the configuration asks for, on rank 0; none elsewhere. --do-test leaves the run's records alone.
+
+    Raises `UserError` if the run folder cannot be written or W&B does not start.
+    """
     if rank != 0:
         return Metrics([])
     folder = Path(config.run.checkpoints_dir)
-    sinks: list[Sink] = [ProgressBar(config.run.train_steps, step), JsonlSink(folder / "metrics.jsonl")]
-    if config.logging.wandb_logging:
-        sinks.append(WandbSink(config, folder, config.logging.wandb_resume_id or wandb_id))
-    return Metrics(sinks)
+    sinks: list[Sink] = []
+    if not config.run.do_test:
+        sinks.append(JsonlSink(folder / "metrics.jsonl"))
+        if config.logging.wandb_logging:
+            sinks.append(WandbSink(config, folder, config.logging.wandb_resume_id or wandb_id))
+    return Metrics([*sinks, ProgressBar(config.run.train_steps, step)])  # last: nothing else may write on its line
 
 
 class ProgressBar:
@@ -106,13 +114,20 @@ class JsonlSink:
     """One JSON object a line, appended: a resumed run continues the file."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            self._file = path.open("ab+")
+            if self._file.tell():
+                self._file.seek(-1, os.SEEK_END)
+                if self._file.read(1) != b"\n":  # a crash cut the last line short; the next record must not join it
+                    self._file.write(b"\n")
+        except OSError as error:
+            raise UserError(f"--checkpoints-dir: {path} cannot be written: {error.strerror}") from error
 
     def write(self, record: Record) -> None:
         # NaN is not JSON; a diverged loss becomes null rather than a line that no reader takes.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
-            self._file.write(json.dumps(finite | {"time": round(time.time(), 3)}) + "\n")
+            self._file.write((json.dumps(finite | {"time": round(time.time(), 3)}) + "\n").encode())
             self._file.flush()
         except OSError as error:
             tqdm.write(f"warning: {self._file.name}: {error.strerror}; training goes on", file=sys.stderr)
@@ -121,27 +136,34 @@ class JsonlSink:
         pass
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written was told by write()
+            self._file.close()
 
 
 class WandbSink:
     """Weights & Biases; WANDB_MODE=offline keeps everything in the run folder."""
 
     def __init__(self, config: PretrainConfig, folder: Path, run_id: str | None) -> None:
-        import wandb
-
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--wandb-logging needs W&B: pip install wandb -c constraints.txt") from error
         log: LoggingConfig = config.logging
         self._interval = log.wandb_logging_interval or log.log_interval
-        self._run = wandb.init(
-            project=log.wandb_project,
-            name=log.wandb_name or folder.name,
-            tags=list(log.wandb_tags),
-            notes=log.wandb_notes,
-            id=run_id,
-            resume="allow" if run_id else None,
-            dir=folder,
-            config=to_dict(config),
-        )
+        try:
+            self._run = wandb.init(
+                project=log.wandb_project,
+                name=log.wandb_name or folder.name,
+                tags=list(log.wandb_tags),
+                notes=log.wandb_notes,
+                id=run_id,
+                resume="allow" if run_id else None,
+                dir=folder,
+                config=to_dict(config),
+            )
+        except wandb.Error as error:  # no API key, no network
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--wandb-logging: {reason} (WANDB_MODE=offline logs without an account)") from error
         self.run_id: str = self._run.id
 
     def write(self, record: Record) -> None:

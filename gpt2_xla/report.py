@@ -39,7 +39,6 @@ def draw_loss_curve(run_dir: Path) -> Path:
     )
     upper.plot([r["step"] for r in train], [r["loss"] for r in train], color="#9ecae1", linewidth=1, label="training")
     if valid:
-        best = min(valid, key=lambda r: r["loss"] if r["loss"] is not None else float("inf"))
         upper.plot(
             [r["step"] for r in valid],
             [r["loss"] for r in valid],
@@ -48,6 +47,8 @@ def draw_loss_curve(run_dir: Path) -> Path:
             markersize=3,
             label="validation",
         )
+    if finite := [r for r in valid if r["loss"] is not None]:  # null is a loss that was not finite
+        best = min(finite, key=lambda r: r["loss"])
         upper.annotate(
             f"best {best['loss']:.3f}",
             (best["step"], best["loss"]),

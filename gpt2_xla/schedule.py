@@ -37,7 +37,9 @@ def _noam(step: int, optim: OptimConfig, train_steps: int) -> float:  # noqa: AR
 
 def _trapezoid(step: int, optim: OptimConfig, train_steps: int) -> float:
     """Warm-up, stable, decay (WSD, Hu et al. 2024): the peak until the last --decay-steps, then a line to --min-lr."""
-    length = optim.decay_steps if optim.decay_steps is not None else max(train_steps // 5, 1)
+    # By default a fifth of the run, or what warm-up leaves of it.
+    default = max(min(train_steps // 5, train_steps - optim.warmup_steps), 1)
+    length = optim.decay_steps if optim.decay_steps is not None else default
     remaining = train_steps - step
     if remaining >= length:
         return optim.learning_rate

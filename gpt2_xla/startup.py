@@ -24,7 +24,9 @@ def pretrain_config(config_type: type[Config], argv: list[str], description: str
     parsed = cli.parse(config_type, argv, description)
     source = _checkpoint_to_continue(parsed.config)
     mistakes: list[str] = []
-    if source is not None:
+    if source is None:
+        mistakes += _folder_mistakes(parsed.config)
+    else:
         # The run's own options are the defaults now, so that --resume alone continues it.
         state = checkpoint.read_state(source)
         saved = cli.from_dict(config_type, state.config)
@@ -53,12 +55,18 @@ def _checkpoint_to_continue(config: PretrainConfig) -> Path | None:
             flag = "--resume" if run.resume else "--do-test"
             raise UserError(f"{flag}: there is no good checkpoint in --checkpoints-dir {folder}")
         return newest
+    return None
+
+
+def _folder_mistakes(config: PretrainConfig) -> list[str]:
+    """What forbids a new run to write into its folder."""
+    folder = Path(config.run.checkpoints_dir)
     if existing := checkpoint.checkpoints(folder):
-        raise UserError(
+        return [
             f"--checkpoints-dir {folder} already holds {existing[0].name} of another run; "
             "add --resume to continue it, or choose another folder"
-        )
-    return None
+        ]
+    return []
 
 
 def _say(text: str) -> None:

@@ -50,7 +50,7 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
     try:
         if config.run.do_test:
             loss = validate(run)
-            run.metrics.say(f"{run.step} steps trained: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
+            run.metrics.say(f"{run.step} steps trained: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
         else:
             train(run)
     finally:
@@ -153,9 +153,13 @@ def validate(run: Run) -> float:
     best = loss < run.best_valid_loss
     if best:
         run.best_valid_loss = loss
-    perplexity = math.exp(min(loss, 700.0))
-    run.metrics.write({"kind": "valid", "step": run.step, "loss": loss, "perplexity": perplexity, "best": best})
+    run.metrics.write({"kind": "valid", "step": run.step, "loss": loss, "perplexity": perplexity(loss), "best": best})
     return loss
+
+
+def perplexity(loss: float) -> float:
+    """e to the loss in nats; no more than a float can hold."""
+    return math.exp(min(loss, 700.0))
 
 
 def save(run: Run, valid_loss: float | None) -> None:

@@ -1,6 +1,6 @@
 """Everything that can be wrong with a configuration before anything slow starts, each as one sentence."""
 
-from gpt2_xla.config import PretrainConfig
+from gpt2_xla.config import OptimConfig, PretrainConfig
 
 
 def config_mistakes(config: PretrainConfig) -> list[str]:
@@ -80,7 +80,21 @@ def _schedule_mistakes(config: PretrainConfig) -> list[str]:
         mistakes.append(f"--decay-steps {optim.decay_steps} must be at least 1")
     if optim.warmup_steps > steps:
         mistakes.append(f"--warmup-steps {optim.warmup_steps} is more than the run's --train-steps {steps}")
+    elif optim.decay_steps is not None and optim.decay_steps >= 1:
+        mistakes += _decay_mistakes(optim, steps)
     return mistakes
+
+
+def _decay_mistakes(optim: OptimConfig, steps: int) -> list[str]:
+    """A decay that would begin before warm-up ends: the learning rate would jump."""
+    warmup, decay = optim.warmup_steps, optim.decay_steps or 0
+    if optim.decay_method == "trapezoid" and warmup + decay > steps:
+        return [f"--warmup-steps {warmup} and --decay-steps {decay} together are more than --train-steps {steps}"]
+    if optim.decay_method in ("cosine", "linear") and decay <= warmup:
+        return [
+            f"--decay-steps {decay} must be more than --warmup-steps {warmup}: it is the step at which --min-lr is reached"
+        ]
+    return []
 
 
 def _logging_mistakes(config: PretrainConfig) -> list[str]:

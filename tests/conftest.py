@@ -3,7 +3,17 @@
 import os
 from pathlib import Path
 
+# Before torch is imported, and for every process that a test starts: two OpenMP threads on two busy cores spend their time
+# waiting for each other (this suite took four times as long).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
 import pytest
+
+from gpt2_xla.data import manifest as manifests
+from gpt2_xla.data.manifest import Manifest, ShardEntry
+from gpt2_xla.data.shards import write_shard
+from gpt2_xla.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,4 +32,38 @@ def tiktoken_cache(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """tiktoken's gpt2 vocabulary without a network."""
     folder = shared_data / "tiktoken_cache"
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+    return folder
+
+
+def write_split(folder: Path, split: str, tokens: np.ndarray) -> Path:
+    """A data folder of one shard of byte tokens, with its manifest."""
+    tokenizer = ByteTokenizer()
+    target = folder / split
+    target.mkdir(parents=True)
+    digest = write_shard(target / f"{split}_00000.npy", tokens.astype(np.uint16))
+    shard = ShardEntry(f"{split}_00000.npy", len(tokens), 1, digest)
+    manifest = Manifest(
+        split=split,
+        dtype="uint16",
+        tokens=len(tokens),
+        shards=(shard,),
+        tokenizer="bytes",
+        tokenizer_hash=tokenizer.hash,
+        vocab_size=tokenizer.vocab_size,
+        end_of_text=tokenizer.end_of_text,
+    )
+    manifests.write(target, manifest)
+    return target
+
+
+@pytest.fixture(scope="session")
+def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train/ (40,000 byte tokens of English) and valid/ (2,000)."""
+    from pydoc_data.topics import topics
+
+    text = " ".join(topics[name] for name in sorted(topics)).encode()
+    tokens = np.frombuffer(text[:42_000], np.uint8)
+    folder = tmp_path_factory.mktemp("text_data")
+    write_split(folder, "train", tokens[:40_000])
+    write_split(folder, "valid", tokens[40_000:])
     return folder

@@ -1,0 +1,107 @@
+"""Start the program as a user does, with a hard time limit, and read what it wrote."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# 117,000 parameters, 8 × 32 tokens a step: a step takes milliseconds.
+TINY = shlex.split(
+    "--num-layers 2 --num-heads 2 --d-model 64 --seq-length 32 --train-batch-size 8 --gradient-accum-step 1 "
+    "--eval-batch-size 8 --learning-rate 1e-3 --min-lr 1e-4 --warmup-steps 50 --mixed-precision no --log-interval 1 "
+    "--valid-interval 0 --save-interval 0"
+)
+
+PYTHON = (sys.executable,)
+TRAIN = (*PYTHON, str(ROOT / "run_pretrain.py"))
+TRAIN_XLA = (*PYTHON, str(ROOT / "run_pretrain_xla.py"))
+
+
+def torchrun(processes: int) -> tuple[str, ...]:
+    """The command line of run_pretrain.py under torchrun."""
+    return (*PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", TRAIN[-1])
+
+
+def xla_replicas(replicas: int) -> tuple[str, ...]:
+    """The command line of run_pretrain_xla.py with that many replicas on CPU."""
+    return (*PYTHON, str(ROOT / "tests" / "xla_cpu_replicas.py"), str(replicas))
+
+
+def data_flags(folder: Path) -> list[str]:
+    """--train-dir and --valid-dir of a prepared folder."""
+    return ["--train-dir", str(folder / "train"), "--valid-dir", str(folder / "valid")]
+
+
+def start(*command: str, **environment: str) -> subprocess.Popen:
+    """Start a command in a process group of its own."""
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env={**os.environ, "PJRT_DEVICE": "CPU", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 120) -> str:
+    """Wait for it and return its output; past the time limit the whole group is killed and the test fails."""
+    try:
+        output, _ = process.communicate(timeout=timeout)
+        return output
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"timed out after {timeout} s:\n{output}") from None
+
+
+def run(*command: str, timeout: float = 120, **environment: str) -> str:
+    """Run a command to its end, expect exit status 0, return its output."""
+    process = start(*command, **environment)
+    output = finish(process, timeout)
+    assert process.returncode == 0, output
+    return output
+
+
+def records(run_dir: Path, kind: str = "train") -> list[dict]:
+    """The records of one kind in a run's metrics.jsonl."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(run_dir: Path, kind: str = "train") -> list[float]:
+    """The logged losses of a run, in order."""
+    return [record["loss"] for record in records(run_dir, kind)]
+
+
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, timeout: float = 90) -> None:
+    """Return once the run has logged `step`; fails if it ends or takes too long before that."""
+    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + timeout
+    while not (metrics.exists() and any(r["step"] >= step for r in records(run_dir))):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no progress"
+        try:
+            process.wait(0.05)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def replica_processes(parent: int) -> list[int]:
+    """Children of a process that run replicas (multiprocessing's resource tracker is none)."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(child) for child in children if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process still runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,246 @@
+"""What a run tells: exact numbers, in files that survive crashes, without ever waiting for the device."""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import TRAIN, data_flags, finish, losses, records, start
+from small_runs import FOUR_STEPS, run_here
+
+import run_pretrain
+from gpt2_xla import checkpoint
+from gpt2_xla.config import PretrainConfig
+from gpt2_xla.errors import UserError
+from gpt2_xla.metrics import JsonlSink, Metrics, open_metrics
+from gpt2_xla.report import draw_loss_curve, read_metrics
+
+
+@pytest.fixture
+def train(monkeypatch, text_data, tmp_path):
+    """Run run_pretrain.py in this process; returns the run folder."""
+
+    def run(name: str, *flags: object, data: tuple[str, ...] | None = None) -> Path:
+        data = tuple(data_flags(text_data)) if data is None else data
+        folder = tmp_path / name
+        arguments = (*FOUR_STEPS, *data, "--checkpoints-dir", folder, *flags)
+        assert run_here(monkeypatch, run_pretrain.main, *arguments) == 0
+        return folder
+
+    return run
+
+
+def write_records(folder: Path, *lines: dict | str) -> Path:
+    folder.mkdir(exist_ok=True)
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
+    return folder
+
+
+def train_record(step: int, loss: float | None) -> dict:
+    return {"kind": "train", "step": step, "loss": loss, "learning_rate": 1e-3}
+
+
+def valid_record(step: int, loss: float | None) -> dict:
+    return {"kind": "valid", "step": step, "loss": loss}
+
+
+# metrics.jsonl
+
+
+def test_a_run_leaves_one_complete_record_per_interval(train):
+    folder = train("run", "--log-interval", 2, "--valid-interval", 2, "--train-steps", 5, "--gradient-accum-step", 3)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    written = [(line["kind"], line["step"]) for line in lines]
+    assert written == [
+        *[("valid", 0), ("train", 2), ("valid", 2), ("train", 4), ("valid", 4), ("train", 5), ("valid", 5)]
+    ]
+    for record in (line for line in lines if line["kind"] == "train"):
+        assert record["tokens"] == record["step"] * 3 * 8 * 32
+        assert record["step_seconds"] > 0
+        assert 0 <= record["input_wait"] <= 1
+        assert record["peak_memory_bytes"] > 2**20
+        assert record["mfu"] is None  # a CPU has no published peak
+        assert record["compiles"] == 0
+    valid = [line for line in lines if line["kind"] == "valid"]
+    assert all(record["perplexity"] == pytest.approx(math.exp(record["loss"])) for record in valid)
+    assert valid[0]["loss"] == pytest.approx(math.log(257), abs=0.1)
+    lowest = [min(r["loss"] for r in valid[: i + 1]) for i in range(len(valid))]
+    assert [record["best"] for record in valid] == [r["loss"] == low for r, low in zip(valid, lowest, strict=True)]
+
+
+def test_the_logged_learning_rate_is_the_one_that_the_step_used(train):
+    folder = train("run", "--warmup-steps", 4, "--learning-rate", 1e-3)
+    assert [record["learning_rate"] for record in records(folder)] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
+
+
+def test_a_window_is_the_mean_of_its_steps(train):
+    steps = ("--train-steps", 10, "--valid-interval", 5)  # validation and the end fall inside of windows
+    each, windows = train("each", *steps), train("windows", *steps, "--log-interval", 4)
+    assert [record["step"] for record in records(windows)] == [4, 8, 10]
+    for name in ("loss", "grad_norm"):
+        single = np.array([record[name] for record in records(each)], np.float32)
+        for record, first in zip(records(windows), (0, 4, 8), strict=True):
+            total = np.float32(0)
+            for value in single[first : record["step"]]:
+                total += value  # in float32, in order, as the device adds
+            assert record[name] == float(total) / (record["step"] - first), (name, record["step"])
+
+
+def test_losses_that_are_no_number_become_null_and_the_run_goes_on(train, capsys):
+    folder = train("run", "--learning-rate", 1e30, "--max-grad-norm", 0, "--valid-interval", 2)
+    forbidden = lambda name: pytest.fail(f"{name} is not JSON")  # noqa: E731
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    parsed = [json.loads(line, parse_constant=forbidden) for line in lines]
+    assert [record["step"] for record in parsed if record["kind"] == "train"] == [1, 2, 3, 4]
+    assert parsed[-1]["loss"] is None
+    assert draw_loss_curve(folder).stat().st_size > 1000
+    assert checkpoint.problems(folder / "step-00000004") == []
+
+
+def test_a_record_after_a_line_cut_short_is_whole(tmp_path):
+    write_records(tmp_path, train_record(1, 5.0), '{"kind": "train", "st')
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.write(train_record(2, 4.0))
+    sink.close()
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.write(train_record(3, 3.0))
+    sink.close()
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)["train"]] == [(1, 5.0), (2, 4.0), (3, 3.0)]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_told_and_does_not_end_the_run(capsys):
+    sink = JsonlSink(Path("/dev/full"))
+    sink.write(train_record(1, 5.0))
+    sink.close()
+    assert "warning: /dev/full: No space left on device; training goes on" in capsys.readouterr().err
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    metrics = open_metrics(PretrainConfig(), step=0, rank=1)
+    metrics.write(train_record(1, 5.0))
+    metrics.advance(1)
+    metrics.say("nothing")
+    metrics.close()
+    assert metrics.sinks == []
+    assert metrics.wandb_id is None
+    assert Metrics([]).wandb_id is None
+
+
+# The report
+
+
+def test_of_a_step_run_twice_the_later_record_counts(tmp_path):
+    write_records(
+        tmp_path,
+        *(train_record(1, 5.0), train_record(2, 4.0), valid_record(2, 4.5), train_record(3, 3.0)),
+        *(train_record(2, 4.1), valid_record(2, 4.6), "", "5", '{"kind": "later version", "step": 1}', '{"kind": "tr'),
+    )
+    found = read_metrics(tmp_path)
+    assert [(r["step"], r["loss"]) for r in found["train"]] == [(1, 5.0), (2, 4.1), (3, 3.0)]
+    assert [(r["step"], r["loss"]) for r in found["valid"]] == [(2, 4.6)]
+
+
+def test_a_folder_without_metrics_is_a_users_mistake(tmp_path):
+    with pytest.raises(UserError, match=r"metrics\.jsonl does not exist"):
+        read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [train_record(1, 5.0), train_record(2, 4.0), valid_record(1, 5.1), valid_record(2, 4.1)],
+        [train_record(1, 5.0), train_record(2, 4.0)],
+        [train_record(1, None), train_record(2, 4.0), valid_record(1, None), valid_record(2, 4.1)],
+        [train_record(1, None), valid_record(1, None)],
+        [valid_record(0, 5.5)],
+    ],
+    ids=["both", "no validation", "some null", "only null", "no training"],
+)
+def test_the_loss_curve_is_a_picture(tmp_path, lines):
+    content = draw_loss_curve(write_records(tmp_path, *lines)).read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", content[16:24]) == (960, 720)
+    assert content[-8:-4] == b"IEND"
+    assert len(content) > 5000
+
+
+# What logging costs
+
+
+READS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__array__", "__format__")
+
+
+@pytest.fixture
+def count_reads(monkeypatch):
+    """Counts, from now on, every way of Python to read a tensor's value."""
+    calls: list[str] = []
+    for name in READS:
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *arguments, _name=name, _original=original, **options):
+            calls.append(_name)
+            return _original(self, *arguments, **options)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    return calls
+
+
+def test_nothing_reads_the_device_between_log_steps(train, count_reads):
+    def reads(name: str, steps: int, interval: int) -> int:
+        count_reads.clear()
+        train(name, "--train-steps", steps, "--log-interval", interval, "--gradient-accum-step", 2)
+        return len(count_reads)
+
+    few = reads("few", 5, 1000)
+    assert reads("many", 25, 1000) == few
+    assert reads("logged", 25, 5) == few + 4  # the counter counts: one read per further window
+    assert reads("always", 25, 1) == few + 24
+
+
+# Weights & Biases
+
+
+NEEDS_WANDB = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+
+
+@NEEDS_WANDB
+def test_wandb_offline_keeps_the_run_and_a_resume_continues_it(train, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path))
+    folder = train("run", "--wandb-logging", "--wandb-tags", "a", "b", "--wandb-notes", "a note")
+    identity = checkpoint.read_state(folder / "step-00000004").wandb_id
+    (offline,) = (folder / "wandb").glob("offline-run-*")
+    assert identity
+    assert offline.name.endswith(identity)
+    (log,) = offline.glob("*.wandb")
+    content = log.read_bytes()
+    for part in (b"train/loss", b"valid/loss", b"learning_rate", b"a note"):
+        assert part in content
+    train("run", "--wandb-logging", "--resume", "--train-steps", 5)
+    assert checkpoint.read_state(folder / "step-00000005").wandb_id == identity
+    assert {path.name.rpartition("-")[2] for path in (folder / "wandb").glob("offline-run-*")} == {identity}
+    assert len(losses(folder)) == 5
+
+
+@NEEDS_WANDB
+def test_wandb_without_an_account_is_a_users_mistake(monkeypatch, text_data, tmp_path):
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    flags = (*FOUR_STEPS, *data_flags(text_data), "--checkpoints-dir", str(tmp_path / "run"), "--wandb-logging")
+    # In a process of its own, for wandb remembers its mode; and in a home where nobody is logged in.
+    process = start(*TRAIN, *flags, HOME=str(tmp_path), NETRC=str(tmp_path / "netrc"))
+    printed = finish(process, 90)
+    assert process.returncode == 2, printed
+    assert re.search(r"^error: --wandb-logging: .+ \(WANDB_MODE=offline logs without an account\)$", printed, re.M)
+    assert "Traceback" not in printed

@@ -1,0 +1,128 @@
+"""A run that was interrupted is the run that was not: bit for bit, by signal or by crash, over a change of processes."""
+
+import json
+import shutil
+import signal
+
+import pytest
+from commands import (
+    TINY,
+    TRAIN,
+    TRAIN_XLA,
+    data_flags,
+    finish,
+    is_alive,
+    losses,
+    replica_processes,
+    run,
+    start,
+    torchrun,
+    wait_for_step,
+    xla_replicas,
+)
+
+# 64 × 32 tokens a step: an epoch of the 40,000 tokens ends every 19 steps, so each run crosses several.
+FLAGS = [*TINY, "--train-batch-size", "64", "--dropout", "0.1", "--train-steps", "60", "--warmup-steps", "10"]
+STATE = ("model.safetensors", "trainer_state/optimizer.safetensors")
+
+
+def final_bytes(run_dir):
+    return [(run_dir / "step-00000060" / name).read_bytes() for name in STATE]
+
+
+def checkpoints(run_dir):
+    return sorted(path.name for path in run_dir.glob("step-*"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, text_data):
+    """A run of 60 steps in one process that also saved at step 25."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    flags = [*FLAGS, *data_flags(text_data), "--valid-interval", "25", "--save-interval", "25"]
+    run(*TRAIN, *flags, "--checkpoints-dir", folder)
+    assert checkpoints(folder) == ["step-00000025", "step-00000050", "step-00000060"]
+    return folder
+
+
+def test_resume_from_a_crash_is_bit_for_bit(tmp_path, uninterrupted):
+    shutil.copytree(uninterrupted / "step-00000025", tmp_path / "step-00000025")
+    output = run(*TRAIN, "--resume", "--checkpoints-dir", tmp_path)  # every other option is the checkpoint's
+    assert "continuing at 25" in output
+    assert final_bytes(tmp_path) == final_bytes(uninterrupted)
+    assert losses(tmp_path) == losses(uninterrupted)[25:]
+
+
+def test_from_checkpoint_continues_the_given_one_elsewhere(tmp_path, uninterrupted):
+    source = uninterrupted / "step-00000025"
+    run(*TRAIN, "--from-checkpoint", source, "--checkpoints-dir", tmp_path / "copy")
+    assert final_bytes(tmp_path / "copy") == final_bytes(uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_cleanly_and_resume_is_bit_for_bit(number, tmp_path, text_data, uninterrupted):
+    command = [*TRAIN, *FLAGS, *data_flags(text_data), "--checkpoints-dir", tmp_path]
+    process = start(*command)
+    wait_for_step(process, tmp_path, 3)
+    process.send_signal(number)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+    (saved,) = checkpoints(tmp_path)
+    assert f"stopped at step {int(saved[5:])} of 60" in output
+    run(*command, "--resume")
+    assert final_bytes(tmp_path) == final_bytes(uninterrupted)
+
+
+def test_torchrun_stops_at_one_step_and_continues_with_another_number_of_processes(tmp_path, text_data):
+    flags = [*TINY, *data_flags(text_data), "--train-steps", "200"]
+    run(*TRAIN, *flags, "--checkpoints-dir", tmp_path / "one")
+    process = start(*torchrun(2), *flags, "--checkpoints-dir", tmp_path / "two")
+    wait_for_step(process, tmp_path / "two", 20)
+    process.terminate()  # torchrun passes it on to its processes
+    output = finish(process)
+    assert "stopped at step" in output
+    assert len(checkpoints(tmp_path / "two")) == 1
+    run(*TRAIN, *flags, "--checkpoints-dir", tmp_path / "two", "--resume")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+def test_a_finished_run_resumed_trains_nothing_more(uninterrupted, tmp_path):
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    run(*TRAIN, "--resume", "--checkpoints-dir", folder)
+    assert losses(folder) == losses(uninterrupted)
+    assert final_bytes(folder) == final_bytes(uninterrupted)
+
+
+def test_do_test_prints_the_validation_loss_of_the_checkpoint(uninterrupted):
+    output = run(*TRAIN, "--do-test", "--checkpoints-dir", uninterrupted)
+    loss = losses(uninterrupted, "valid")[-1]
+    assert f"60 steps trained: validation loss {loss:.4f}, perplexity" in output
+
+
+@pytest.mark.xla
+def test_xla_replicas_stop_at_one_step_and_leave_no_child(tmp_path, text_data):
+    command = [*xla_replicas(2), *TINY, *data_flags(text_data), "--train-steps", "120", "--checkpoints-dir", tmp_path]
+    process = start(*command)
+    wait_for_step(process, tmp_path, 5)
+    children = replica_processes(process.pid)
+    process.terminate()
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+    (saved,) = checkpoints(tmp_path)
+    assert f"stopped at step {int(saved[5:])} of 120" in output
+    assert children
+    assert not any(is_alive(child) for child in children)
+
+
+@pytest.mark.xla
+def test_xla_resumes_bit_for_bit_and_torch_continues_its_checkpoint(tmp_path, text_data):
+    flags = [*TINY, *data_flags(text_data), "--train-steps", "60", "--save-interval", "30"]
+    run(*TRAIN_XLA, *flags, "--checkpoints-dir", tmp_path / "whole")
+    for name, command in (("xla", TRAIN_XLA), ("torch", TRAIN)):
+        shutil.copytree(tmp_path / "whole" / "step-00000030", tmp_path / name / "step-00000030")
+        run(*command, "--resume", "--checkpoints-dir", tmp_path / name)
+    assert final_bytes(tmp_path / "xla") == final_bytes(tmp_path / "whole")
+    assert losses(tmp_path / "torch") == pytest.approx(losses(tmp_path / "whole")[30:], abs=1e-5)
+    state = json.loads((tmp_path / "torch" / "step-00000060" / "trainer_state" / "state.json").read_text())
+    assert state["samples"] == 60 * 8

@@ -1,0 +1,71 @@
+"""What the XLA runtime promises: a constant graph, no host sync, syncfree steps, errors that arrive, no orphan."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+from commands import (
+    PYTHON,
+    ROOT,
+    TINY,
+    TRAIN_XLA,
+    data_flags,
+    finish,
+    is_alive,
+    replica_processes,
+    run,
+    start,
+    wait_for_step,
+)
+
+pytestmark = pytest.mark.xla
+
+
+@pytest.fixture(scope="module")
+def counted(text_data):
+    output = run(*PYTHON, str(ROOT / "tests" / "xla_step_counters.py"), str(text_data))
+    return json.loads(output.splitlines()[-1])
+
+
+def test_a_step_is_one_execution_without_compiling_or_fetching(counted):
+    compiles, executions, transfers = counted["steps"]
+    assert (compiles, executions, transfers) == (0, 40, 0)
+
+
+def test_evaluation_and_saving_do_not_recompile_the_training_step(counted):
+    assert counted["recompiles_in_all"] == 0
+
+
+def test_a_step_with_nan_gradients_is_skipped_on_the_device(counted):
+    assert counted["nan_step_skipped"]
+    assert counted["state_finite"]
+    assert counted["optimizer_steps"] == 53
+
+
+def test_an_error_of_the_loader_ends_the_run_with_its_sentence(tmp_path):
+    tokens = np.arange(20_000) % 250
+    tokens[10_000] = 300  # no manifest says that this shard has it: only the loader can see
+    (tmp_path / "data").mkdir()
+    np.save(tmp_path / "data" / "train_00000.npy", tokens.astype(np.uint16))
+    flags = [*TINY, "--vocab-size", "257", "--train-dir", tmp_path / "data", "--checkpoints-dir", tmp_path / "run"]
+    process = start(*TRAIN_XLA, *flags, "--train-steps", "100")
+    output = finish(process)
+    assert process.returncode == 2, output
+    assert "is 300, but --vocab-size 257 allows only" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("victim", ["child", "parent"])
+def test_a_killed_process_takes_the_others_with_it(victim, tmp_path, text_data):
+    flags = [*TINY, *data_flags(text_data), "--train-steps", "100000", "--checkpoints-dir", tmp_path]
+    process = start(*TRAIN_XLA, *flags, "--mp-start-method", "fork" if victim == "child" else "spawn")
+    wait_for_step(process, tmp_path, 2)
+    (child,) = replica_processes(process.pid)
+    os.kill(child if victim == "child" else process.pid, signal.SIGKILL)
+    output = finish(process, timeout=30)  # the pipe closes only when the child is gone too
+    assert not is_alive(child)
+    if victim == "child":
+        assert process.returncode == 1
+        assert "a replica's process was killed" in output
