@@ -66,18 +66,16 @@ class Metrics:
 
 
 def open_metrics(config: PretrainConfig, step: int, rank: int, wandb_id: str | None = None) -> Metrics:
-    """The sinks that the configuration asks for, on rank 0; none elsewhere. --do-test leaves the run's records alone.
+    """The sinks that the configuration asks for, on rank 0; none elsewhere.
 
     Raises `UserError` if the run folder cannot be written or W&B does not start.
     """
     if rank != 0:
         return Metrics([])
     folder = Path(config.run.checkpoints_dir)
-    sinks: list[Sink] = []
-    if not config.run.do_test:
-        sinks.append(JsonlSink(folder / "metrics.jsonl"))
-        if config.logging.wandb_logging:
-            sinks.append(WandbSink(config, folder, config.logging.wandb_resume_id or wandb_id))
+    sinks: list[Sink] = [JsonlSink(folder / "metrics.jsonl")]
+    if config.logging.wandb_logging:
+        sinks.append(WandbSink(config, folder, config.logging.wandb_resume_id or wandb_id))
     return Metrics([*sinks, ProgressBar(config.run.train_steps, step)])  # last: nothing else may write on its line
 
 

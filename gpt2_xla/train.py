@@ -46,19 +46,23 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
     Raises `UserError` for data that does not fit the configuration.
     """
     data = PretrainingData.open(config, runtime.rank, runtime.world_size)
-    run = start_run(config, runtime, data)
+    if runtime.rank == 0 and not config.run.do_test:
+        _prepare_run_folder(config, data)  # early: a folder that cannot be written shall not cost a compilation
+    run, wandb_id = start_run(config, runtime, data)
+    if config.run.do_test:
+        loss = validate(run)
+        if runtime.rank == 0:
+            print(f"{run.step} steps trained: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
+        return
+    run.metrics = open_metrics(config, run.step, runtime.rank, wandb_id)
     try:
-        if config.run.do_test:
-            loss = validate(run)
-            run.metrics.say(f"{run.step} steps trained: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
-        else:
-            train(run)
+        train(run)
     finally:
         run.metrics.close()
 
 
-def start_run(config: PretrainConfig, runtime: Runtime, data: PretrainingData) -> Run:
-    """Build model and optimizer, restore the checkpoint if there is one, print the summary, open the metrics."""
+def start_run(config: PretrainConfig, runtime: Runtime, data: PretrainingData) -> tuple[Run, str | None]:
+    """Build model and optimizer, restore the checkpoint if there is one, print the summary; the run and its W&B id."""
     model = build_model(config.model, config.runtime.loss_chunk, config.run.seed)
     source = Path(config.run.from_checkpoint) if config.run.from_checkpoint else None
     if source:
@@ -68,10 +72,7 @@ def start_run(config: PretrainConfig, runtime: Runtime, data: PretrainingData) -
     wandb_id = restore(run, source) if source else None
     if runtime.rank == 0:
         print(summary(config, data, parameter_count(model), runtime.describe(), run.step), flush=True)
-        if not config.run.do_test:
-            _prepare_run_folder(config, data)
-    run.metrics = open_metrics(config, run.step, runtime.rank, wandb_id)
-    return run
+    return run, wandb_id
 
 
 def restore(run: Run, source: Path) -> str | None:

@@ -70,7 +70,7 @@ def _model_mistakes(config: PretrainConfig) -> list[str]:
 
 
 def _schedule_mistakes(config: PretrainConfig) -> list[str]:
-    optim, steps = config.optim, config.run.train_steps
+    optim = config.optim
     mistakes = []
     if optim.min_lr > optim.learning_rate:
         mistakes.append(f"--min-lr {optim.min_lr} is above --learning-rate {optim.learning_rate}")
@@ -78,10 +78,6 @@ def _schedule_mistakes(config: PretrainConfig) -> list[str]:
         mistakes.append("--decay-steps has no meaning for --decay-method noam, which never ends; leave it out")
     elif optim.decay_steps is not None and optim.decay_steps < 1:
         mistakes.append(f"--decay-steps {optim.decay_steps} must be at least 1")
-    if optim.warmup_steps > steps:
-        mistakes.append(f"--warmup-steps {optim.warmup_steps} is more than the run's --train-steps {steps}")
-    elif optim.decay_steps is not None and optim.decay_steps >= 1:
-        mistakes += _decay_mistakes(optim, steps)
     return mistakes
 
 

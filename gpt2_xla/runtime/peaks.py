@@ -15,14 +15,15 @@ GPUS: tuple[tuple[str, float], ...] = (
     ("RTX 3090", 71e12),
 )
 
-# Per chip. A v2 or v3 chip is two devices, a v4 or later chip one.
-TPUS: dict[str, tuple[float, int]] = {
-    "v2": (45e12, 2),
-    "v3": (123e12, 2),
-    "v4": (275e12, 1),
-    "v5e": (197e12, 1),
-    "v5p": (459e12, 1),
-    "v6e": (918e12, 1),
+# By the names that PJRT gives the devices. A v2 or v3 device is one of a chip's two cores, a later one a whole chip.
+TPUS: dict[str, float] = {
+    "TPU v2": 45e12 / 2,
+    "TPU v3": 123e12 / 2,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
 }
 
 
@@ -31,9 +32,6 @@ def gpu_peak(name: str) -> float | None:
     return next((peak for part, peak in GPUS if part in name), None)
 
 
-def tpu_peak(version: str) -> float | None:
-    """The bf16 peak of one device (core or chip) of a TPU version such as `v5e`."""
-    if version not in TPUS:
-        return None
-    peak, devices = TPUS[version]
-    return peak / devices
+def tpu_peak(kind: str) -> float | None:
+    """The bf16 peak of a TPU device of this PJRT kind."""
+    return TPUS.get(kind)

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import re
 import resource
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
@@ -80,7 +79,7 @@ class XlaRuntime:
             yield from loader
             source.raise_error()
         finally:
-            if loader._parallel_loader is not None:
+            if loader._parallel_loader is not None:  # private, checked on 2.9: the loader has no close() of its own
                 loader._parallel_loader.close()
 
     def seed_dropout(self, seed: int) -> None:
@@ -147,10 +146,7 @@ class XlaRuntime:
     def peak_flops(self) -> float | None:
         if xr.device_type() != "TPU" or self.config.mixed_precision == "no":
             return None
-        # "TPU v4", "TPU v5 lite", "TPU v5p", "TPU v6 lite": the PJRT names of the chips
-        kind = xm.xla_device_kind(self.device)
-        match = re.search(r"v\d\w*( lite)?", kind)
-        peak = tpu_peak(match[0].replace(" lite", "e").replace("v5 ", "v5p")) if match else None
+        peak = tpu_peak(xm.xla_device_kind(self.device))
         return peak * self.world_size if peak else None
 
     def close(self) -> None:

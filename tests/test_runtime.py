@@ -1,0 +1,124 @@
+"""The torch runtime's options do what they say; the peaks that MFU divides by."""
+
+import signal
+
+import pytest
+import torch
+from commands import TINY, TRAIN, data_flags, losses, records, run
+
+from gpt2_xla.config import OptimConfig, TorchConfig
+from gpt2_xla.data.loader import prefetch
+from gpt2_xla.errors import UserError
+from gpt2_xla.model import GPT
+from gpt2_xla.runtime.peaks import gpu_peak, tpu_peak
+from gpt2_xla.runtime.torch_runtime import TorchRuntime, clip_gradients
+
+
+@pytest.fixture
+def make_runtime():
+    """Builds runtimes on the CPU; afterwards signals and matmul precision are as they were."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    precision = torch.get_float32_matmul_precision()
+    yield lambda **options: TorchRuntime(TorchConfig(**{"device": "cpu", "mixed_precision": "no", **options}))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_matmul_precision_reaches_torch(make_runtime, precision):
+    make_runtime(matmul_precision=precision)
+    assert torch.get_float32_matmul_precision() == precision
+
+
+def test_bf16_autocast_keeps_weights_loss_and_gradients_in_float32(make_runtime):
+    runtime = make_runtime(mixed_precision="bf16")
+    layer = torch.nn.Linear(4, 4)
+    with runtime.autocast():
+        product = layer(torch.ones(2, 4))
+    runtime.backward(product.float().sum())
+    assert product.dtype == torch.bfloat16
+    assert layer.weight.dtype == layer.weight.grad.dtype == torch.float32
+
+
+def test_bf16_losses_stay_near_float32(tmp_path, text_data):
+    curves = []
+    for precision in ("no", "bf16"):
+        folder = tmp_path / precision
+        flags = [*TINY, *data_flags(text_data), "--train-steps", "60", "--checkpoints-dir", folder]
+        run(*TRAIN, *flags, "--mixed-precision", precision)
+        curves.append(losses(folder))
+    assert curves[1] == pytest.approx(curves[0], abs=3e-2)
+    assert curves[1] != curves[0]
+
+
+def test_compile_changes_speed_not_losses_and_is_counted(tmp_path, text_data):
+    curves = []
+    for name, flags in (("eager", []), ("compiled", ["--compile"])):
+        folder = tmp_path / name
+        run(
+            *TRAIN,
+            *TINY,
+            *data_flags(text_data),
+            "--train-steps",
+            "30",
+            "--checkpoints-dir",
+            folder,
+            *flags,
+            timeout=170,
+        )
+        curves.append(losses(folder))
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+    compiles = [record["compiles"] for record in records(tmp_path / "compiled")]
+    assert compiles[0] == compiles[-1] > 0
+
+
+@pytest.mark.parametrize("limit", [0.5, 0.0])
+def test_clipping_bounds_the_global_norm_and_returns_the_one_before(limit):
+    model = torch.nn.Linear(3, 2)
+    model.weight.grad, model.bias.grad = torch.full((2, 3), 2.0), torch.full((2,), 1.0)
+    norm = clip_gradients(model, limit)
+    after = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert norm.item() == pytest.approx(26**0.5)
+    assert after.item() == pytest.approx(limit or 26**0.5, rel=1e-5)
+
+
+def test_batches_close_ends_the_background_thread(make_runtime):
+    import threading
+
+    before = threading.active_count()
+    batches = make_runtime().batches(iter(torch.zeros(100, 2)))
+    next(batches)
+    assert threading.active_count() == before + 1
+    batches.close()
+    assert threading.active_count() == before
+
+
+def test_prefetch_passes_errors_on():
+    def broken():
+        yield 1
+        raise UserError("the shard is cut short")
+
+    items = prefetch(broken(), depth=2)
+    assert next(items) == 1
+    with pytest.raises(UserError, match="cut short"):
+        next(items)
+
+
+def test_the_optimizer_steps_tied_weights_once(make_runtime):
+    from gpt2_xla.config import ModelConfig
+
+    runtime = make_runtime()
+    model = GPT(ModelConfig(vocab_size=11, seq_length=4, d_model=8, num_layers=1, num_heads=1))
+    optimizer = runtime.build_optimizer(model, OptimConfig())
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(parameters) == len(set(parameters)) == len(list(model.parameters()))
+
+
+def test_known_peaks():
+    assert gpu_peak("NVIDIA H200") == 989e12
+    assert gpu_peak("NVIDIA A100-SXM4-80GB") == 312e12
+    assert gpu_peak("Some GPU") is None
+    assert tpu_peak("TPU v3") == 61.5e12  # a core: half a chip
+    assert tpu_peak("TPU v5 lite") == 197e12
+    assert tpu_peak("cpu") is None
