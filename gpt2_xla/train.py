@@ -83,6 +83,11 @@ def restore(run: Run, source: Path) -> str | None:
     run.runtime.load_scaler_state(state.scaler)
     run.step, run.samples, run.saved_step = state.step, state.samples, state.step
     run.best_valid_loss = state.best_valid_loss if state.best_valid_loss is not None else math.inf
+    if run.runtime.rank == 0 and not run.config.run.do_test:
+        for difference in _changed_order(run, state):
+            print(
+                f"note: {difference}; from step {run.step} on the run sees other batches than it would have", flush=True
+            )
     return state.wandb_id
 
 
@@ -175,7 +180,7 @@ def save(run: Run, valid_loss: float | None) -> None:
         step=run.step,
         samples=run.samples,
         config=to_dict(run.config),
-        valid_loss=valid_loss,
+        valid_loss=valid_loss if valid_loss is not None and math.isfinite(valid_loss) else None,
         best_valid_loss=run.best_valid_loss if math.isfinite(run.best_valid_loss) else None,
         data_fingerprint=manifest.fingerprint,
         tokenizer=manifest.tokenizer,
@@ -199,6 +204,17 @@ def save(run: Run, valid_loss: float | None) -> None:
 def _due(interval: int, step: int, total_steps: int) -> bool:
     """Whether something that happens every `interval` steps (0: only at the end) happens after this one."""
     return step == total_steps or (interval > 0 and step % interval == 0)
+
+
+def _changed_order(run: Run, state: checkpoint.TrainerState) -> list[str]:
+    """What differs from the checkpoint's run in the things that decide the batches to come."""
+    saved, config = state.config, run.config
+    pairs = [
+        ("the training data", state.data_fingerprint, run.data.manifest.fingerprint),
+        ("--seed", saved.get("run", {}).get("seed"), config.run.seed),
+        ("--shuffle", saved.get("data", {}).get("shuffle"), config.data.shuffle),
+    ]
+    return [f"{name} is not the checkpoint's" for name, before, now in pairs if before is not None and before != now]
 
 
 def _prepare_run_folder(config: PretrainConfig, data: PretrainingData) -> None:

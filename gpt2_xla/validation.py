@@ -1,11 +1,19 @@
 """Everything that can be wrong with a configuration before anything slow starts, each as one sentence."""
 
-from gpt2_xla.config import OptimConfig, PretrainConfig
+import math
+
+from gpt2_xla.config import PretrainConfig, XlaConfig
 
 
 def config_mistakes(config: PretrainConfig) -> list[str]:
     """All mistakes that the options alone show."""
-    return [*_range_mistakes(config), *_model_mistakes(config), *_schedule_mistakes(config), *_logging_mistakes(config)]
+    return [
+        *_range_mistakes(config),
+        *_model_mistakes(config),
+        *_schedule_mistakes(config),
+        *_logging_mistakes(config),
+        *_precision_mistakes(config),
+    ]
 
 
 def replica_mistakes(config: PretrainConfig, world_size: int) -> list[str]:
@@ -50,13 +58,17 @@ def _range_mistakes(config: PretrainConfig) -> list[str]:
         "--seed": run.seed,
     }
     mistakes = [f"{flag} {value} must be at least 1" for flag, value in at_least_one.items() if value < 1]
-    mistakes += [f"{flag} {value} must not be negative" for flag, value in not_negative.items() if not value >= 0]
+    mistakes += [
+        f"{flag} {value} must be a finite number, 0 or more"
+        for flag, value in not_negative.items()
+        if not 0 <= value < math.inf
+    ]
     if not 0 <= model.dropout < 1:
         mistakes.append(f"--dropout {model.dropout} must be at least 0 and below 1")
     if not all(0 <= beta < 1 for beta in optim.betas):
         mistakes.append(f"--betas {optim.betas[0]} {optim.betas[1]}: each must be at least 0 and below 1")
-    if not optim.learning_rate > 0:
-        mistakes.append(f"--learning-rate {optim.learning_rate} must be above 0")
+    if not 0 < optim.learning_rate < math.inf:
+        mistakes.append(f"--learning-rate {optim.learning_rate} must be a number above 0")
     return mistakes
 
 
@@ -78,19 +90,14 @@ def _schedule_mistakes(config: PretrainConfig) -> list[str]:
         mistakes.append("--decay-steps has no meaning for --decay-method noam, which never ends; leave it out")
     elif optim.decay_steps is not None and optim.decay_steps < 1:
         mistakes.append(f"--decay-steps {optim.decay_steps} must be at least 1")
+    elif (
+        optim.decay_steps is not None and optim.decay_method != "trapezoid" and optim.decay_steps <= optim.warmup_steps
+    ):
+        mistakes.append(
+            f"--decay-steps {optim.decay_steps} is the step at which --decay-method {optim.decay_method} ends, but "
+            f"--warmup-steps {optim.warmup_steps} ends no earlier; raise --decay-steps or lower --warmup-steps"
+        )
     return mistakes
-
-
-def _decay_mistakes(optim: OptimConfig, steps: int) -> list[str]:
-    """A decay that would begin before warm-up ends: the learning rate would jump."""
-    warmup, decay = optim.warmup_steps, optim.decay_steps or 0
-    if optim.decay_method == "trapezoid" and warmup + decay > steps:
-        return [f"--warmup-steps {warmup} and --decay-steps {decay} together are more than --train-steps {steps}"]
-    if optim.decay_method in ("cosine", "linear") and decay <= warmup:
-        return [
-            f"--decay-steps {decay} must be more than --warmup-steps {warmup}: it is the step at which --min-lr is reached"
-        ]
-    return []
 
 
 def _logging_mistakes(config: PretrainConfig) -> list[str]:
@@ -98,4 +105,10 @@ def _logging_mistakes(config: PretrainConfig) -> list[str]:
     interval = log.wandb_logging_interval
     if interval is not None and log.log_interval > 0 and (interval < 1 or interval % log.log_interval):
         return [f"--wandb-logging-interval {interval} is not a multiple of --log-interval {log.log_interval}"]
+    return []
+
+
+def _precision_mistakes(config: PretrainConfig) -> list[str]:
+    if isinstance(config.runtime, XlaConfig) and config.runtime.mixed_precision == "fp16":
+        return ["--mixed-precision fp16 is not supported on XLA devices; use --mixed-precision bf16 or no"]
     return []

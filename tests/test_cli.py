@@ -91,8 +91,13 @@ def test_a_later_flag_beats_an_earlier_one():
     assert parsed("--seed", "1", "--seed", "2").run.seed == 2
 
 
-def test_a_recipe_may_name_a_preset():
-    assert parsed("--recipe", str(ROOT / "configs" / "macbook.flags")).model.d_model == 128
+def test_a_recipe_may_name_a_preset_and_the_command_another(tmp_path):
+    recipe = tmp_path / "own.flags"
+    recipe.write_text("--preset tiny --num-layers 5")
+    model = parsed("--recipe", str(recipe)).model
+    assert (model.d_model, model.num_layers) == (PRESETS["tiny"]["d_model"], 5)
+    model = parsed("--recipe", str(recipe), "--preset", "gpt2-xl").model
+    assert (model.d_model, model.num_layers) == (PRESETS["gpt2-xl"]["d_model"], 5)
 
 
 def test_what_the_command_itself_set_is_known(tmp_path):

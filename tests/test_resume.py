@@ -52,6 +52,14 @@ def test_resume_from_a_crash_is_bit_for_bit(tmp_path, uninterrupted):
     assert losses(tmp_path) == losses(uninterrupted)[25:]
 
 
+def test_resume_tells_when_the_batches_to_come_are_others(tmp_path, uninterrupted):
+    shutil.copytree(uninterrupted / "step-00000050", tmp_path / "step-00000050")
+    output = run(*TRAIN, "--resume", "--checkpoints-dir", tmp_path, "--seed", "7", "--no-shuffle")
+    assert "note: --seed is not the checkpoint's; from step 50 on" in output
+    assert "note: --shuffle is not the checkpoint's; from step 50 on" in output
+    assert "training data is not" not in output
+
+
 def test_from_checkpoint_continues_the_given_one_elsewhere(tmp_path, uninterrupted):
     source = uninterrupted / "step-00000025"
     run(*TRAIN, "--from-checkpoint", source, "--checkpoints-dir", tmp_path / "copy")

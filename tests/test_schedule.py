@@ -126,8 +126,9 @@ def test_rates_rise_to_the_peak_then_only_fall_and_never_jump(method, warmup, st
     config = optim(method, warmup, share * PEAK, None if method == "noam" else decay_steps)
     found = rates(config, steps, steps + 20)
     before, after = found[:warmup], found[max(warmup - 1, 0) :]
-    assert before == sorted(before)
-    assert after == sorted(after, reverse=True)
+    rounding = 1e-12 * PEAK
+    assert all(a <= b + rounding for a, b in itertools.pairwise(before))
+    assert all(b <= a + rounding for a, b in itertools.pairwise(after))
     assert max(found) == pytest.approx(PEAK)
     assert min(after) >= share * PEAK * (1 - 1e-12)
     # The steepest part: warm-up's line, or the decay's (a half cosine is π/2 steeper than a line at its middle).

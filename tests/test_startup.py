@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import PYTHON, TRAIN, TRAIN_XLA, data_flags, finish, losses, start, torchrun
+from commands import PYTHON, TRAIN, TRAIN_XLA, data_flags, finish, records, start, torchrun
 from small_runs import FOUR_STEPS, run_here
 
 import run_pretrain
@@ -76,7 +76,7 @@ def own_run(finished_run, tmp_path) -> Path:
     return Path(shutil.copytree(finished_run, tmp_path / "own_run"))
 
 
-def flip_byte(path: Path, position: int = -5) -> None:
+def flip_byte(path: Path, position: int = -6) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 1
     path.write_bytes(content)
@@ -167,17 +167,17 @@ def test_data_of_two_tokenizers_is_refused(mistakes_of, own_data, tmp_path):
 def test_all_mistakes_of_options_and_data_come_together(mistakes_of, tmp_path):
     found = mistakes_of(
         *FOUR_STEPS,
-        *("--d-model", 100, "--num-heads", 7, "--min-lr", 1, "--warmup-steps", 9, "--betas", 0.9, 1.0, "--dropout", 1),
+        *("--d-model", 100, "--num-heads", 7, "--min-lr", 1, "--warmup-steps", -9, "--betas", 0.9, 1.0, "--dropout", 1),
         *("--train-batch-size", 0, "--learning-rate", "nan", "--log-interval", 4, "--wandb-logging-interval", 6),
         *("--train-dir", tmp_path / "absent", "--valid-dir", tmp_path / "gone"),
     )
     expected = (
         "--d-model 100 is not divisible by --num-heads 7; use --num-heads 5",
-        "--warmup-steps 9 is more than the run's --train-steps 4",
+        "--warmup-steps -9 must be a finite number, 0 or more",
         "--betas 0.9 1.0",
         "--dropout 1.0 must be at least 0 and below 1",
         "--train-batch-size 0 must be at least 1",
-        "--learning-rate nan must be above 0",
+        "--learning-rate nan must be a number above 0",
         "--wandb-logging-interval 6 is not a multiple of --log-interval 4",
         f"--train-dir: data folder {tmp_path / 'absent'} does not exist",
         f"--valid-dir: data folder {tmp_path / 'gone'} does not exist",
@@ -192,8 +192,6 @@ def test_all_mistakes_of_options_and_data_come_together(mistakes_of, tmp_path):
     [
         ({"decay_method": "noam", "decay_steps": 5}, "has no meaning for --decay-method noam"),
         ({"decay_method": "cosine", "decay_steps": 0}, "--decay-steps 0 must be at least 1"),
-        ({"decay_method": "linear", "decay_steps": 10}, "--decay-steps 10 must be more than --warmup-steps 10"),
-        ({"decay_method": "trapezoid", "decay_steps": 91}, "--warmup-steps 10 and --decay-steps 91 together"),
         ({"min_lr": 1.0}, "--min-lr 1.0 is above --learning-rate 0.0006"),
     ],
 )
@@ -201,12 +199,6 @@ def test_a_schedule_that_makes_no_sense_is_refused(optim, part):
     config = PretrainConfig(run=RunConfig(train_steps=100), optim=OptimConfig(**({"warmup_steps": 10} | optim)))
     (found,) = config_mistakes(config)
     assert part in found
-
-
-def test_the_longest_schedules_that_fit_are_accepted():
-    for optim in ({"decay_method": "trapezoid", "decay_steps": 90}, {"decay_method": "cosine", "decay_steps": 11}):
-        config = PretrainConfig(run=RunConfig(train_steps=100), optim=OptimConfig(**optim, warmup_steps=10))
-        assert config_mistakes(config) == []
 
 
 def test_a_batch_that_the_replicas_cannot_share_names_the_nearest_that_they_can():
@@ -271,16 +263,13 @@ def test_a_new_run_does_not_write_into_another_ones_folder(mistakes_of, own_run,
     assert sorted(own_run.rglob("*")) == before
 
 
-def test_resume_alone_continues_with_the_saved_options(pretrain, own_run, text_data, tmp_path):
+def test_resume_alone_continues_with_the_saved_options(pretrain, own_run):
     assert pretrain("--resume", "--checkpoints-dir", own_run, "--train-steps", 6)[0] == 0
-    whole = (*FOUR_STEPS, *data_flags(text_data), "--train-steps", 6, "--checkpoints-dir", tmp_path / "whole")
-    assert pretrain(*whole)[0] == 0
-    saved = checkpoint.read_state(own_run / "step-00000006").config
-    assert saved["model"] == checkpoint.read_state(own_run / "step-00000004").config["model"]
-    assert saved["data"]["train_batch_size"] == 8
-    assert len(losses(own_run)) == 6
-    # The decay's length is the run's, so that only the first steps have the learning rate of the shorter run.
-    assert losses(own_run)[0] == losses(tmp_path / "whole")[0]
+    before, after = (checkpoint.read_state(own_run / f"step-0000000{step}").config for step in (4, 6))
+    changed = {"train_steps": 6, "resume": True, "checkpoints_dir": str(own_run)}
+    source = {"from_checkpoint": str(own_run / "step-00000004")}
+    assert after == before | {"run": before["run"] | changed | source}
+    assert [record["step"] for record in records(own_run)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_resume_with_the_very_same_flags_is_no_conflict(pretrain, own_run, text_data):

@@ -19,7 +19,6 @@ from torch_xla.distributed.parallel_loader import MpDeviceLoader
 
 from gpt2_xla import optim as optimizers
 from gpt2_xla.config import OptimConfig, XlaConfig
-from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
 from gpt2_xla.runtime.base import CompileStats
 from gpt2_xla.runtime.peaks import tpu_peak
@@ -31,8 +30,6 @@ class XlaRuntime:
     """See `Runtime`. Operations are queued as a graph, which end_step() compiles once and then only launches."""
 
     def __init__(self, config: XlaConfig, board: ReplicaBoard) -> None:
-        if config.mixed_precision == "fp16":
-            raise UserError("--mixed-precision fp16 is not supported on XLA devices; use --mixed-precision bf16 or no")
         self.config, self._board = config, board
         self.device = torch_xla.device()
         self.rank, self.world_size = xr.global_ordinal(), xr.world_size()
