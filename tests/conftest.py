@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -16,6 +17,14 @@ from gpt2_xla.data.shards import write_shard
 from gpt2_xla.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what needs a torch_xla that is not there (the torchrun path runs on newer torch without it)."""
+    if importlib.util.find_spec("torch_xla") is None:
+        for item in items:
+            if item.get_closest_marker("xla"):
+                item.add_marker(pytest.mark.skip(reason="needs torch_xla"))
 
 
 @pytest.fixture(scope="session")

@@ -334,6 +334,7 @@ def test_do_test_evaluates_and_leaves_the_run_as_it_was(pretrain, mistakes_of, o
 # XLA
 
 
+@pytest.mark.xla
 def test_xla_tells_what_its_installation_lacks(monkeypatch, capsys, text_data, tmp_path):
     flags = [flag for flag in FOUR_STEPS if flag not in ("--device", "cpu")]
     flags += [*data_flags(text_data), "--checkpoints-dir", str(tmp_path / "run")]
