@@ -84,12 +84,13 @@ def _with_folder(parsed: cli.Parsed[Config], source: Path) -> Config:
 
 
 def _model_conflicts(config: PretrainConfig, saved: PretrainConfig, source: Path) -> list[str]:
-    """One sentence for each model option that differs from the checkpoint's."""
+    """One sentence for each model option that differs from the checkpoint's (dropout is no property of the weights)."""
+    wanted, had = (dataclasses.replace(c.model, d_ff=c.model.hidden_dim, dropout=0.0) for c in (config, saved))
     return [
-        f"--{field.name.replace('_', '-')} {_shown(wanted)} conflicts with {source.name}, which has {_shown(had)}; leave the flag out"
+        f"--{field.name.replace('_', '-')} {_shown(ours)} conflicts with {source.name}, which has {_shown(theirs)}; "
+        "leave the flag out"
         for field in dataclasses.fields(saved.model)
-        if (wanted := getattr(config.model, field.name)) != (had := getattr(saved.model, field.name))
-        and field.name != "dropout"  # not a property of the weights
+        if (ours := getattr(wanted, field.name)) != (theirs := getattr(had, field.name))
     ]
 
 

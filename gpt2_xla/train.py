@@ -99,8 +99,11 @@ def train(run: Run) -> None:
     config, runtime, total_steps = run.config, run.runtime, run.config.run.train_steps
     if run.step == 0 and run.data.valid is not None and config.run.valid_interval:
         validate(run)
+    if run.step >= total_steps:
+        run.metrics.say(f"all {total_steps} steps are done; a larger --train-steps goes on")
+        return
     log = TrainingLog(config, runtime, run.metrics, flops_per_token(config.model, parameter_count(run.model)))
-    batches = runtime.batches(run.data.training(run.samples, max(total_steps - run.step, 0)))
+    batches = runtime.batches(run.data.training(run.samples, total_steps - run.step))
     run.forward.train()
     stopped = False
     try:

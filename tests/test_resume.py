@@ -96,7 +96,8 @@ def test_torchrun_stops_at_one_step_and_continues_with_another_number_of_process
 
 def test_a_finished_run_resumed_trains_nothing_more(uninterrupted, tmp_path):
     folder = shutil.copytree(uninterrupted, tmp_path / "run")
-    run(*TRAIN, "--resume", "--checkpoints-dir", folder)
+    output = run(*TRAIN, "--resume", "--checkpoints-dir", folder)
+    assert "all 60 steps are done" in output
     assert losses(folder) == losses(uninterrupted)
     assert final_bytes(folder) == final_bytes(uninterrupted)
 
