@@ -6,14 +6,20 @@ import sys
 
 from gpt2_xla.config import TorchPretrainConfig
 from gpt2_xla.errors import run_main
-from gpt2_xla.startup import pretrain_config
 
 
 def main() -> None:
-    config = pretrain_config(TorchPretrainConfig, sys.argv[1:], __doc__)
-    from gpt2_xla.runtime.torch_runtime import TorchRuntime
+    from gpt2_xla.runtime.torch_runtime import TorchRuntime, device_mistakes, world_size
+    from gpt2_xla.startup import pretrain_config
     from gpt2_xla.train import pretrain
+    from gpt2_xla.validation import replica_mistakes
 
+    config = pretrain_config(
+        TorchPretrainConfig,
+        sys.argv[1:],
+        __doc__,
+        lambda config: [*device_mistakes(config.runtime), *replica_mistakes(config, world_size())],
+    )
     runtime = TorchRuntime(config.runtime)
     try:
         pretrain(config, runtime)

@@ -6,14 +6,14 @@ import sys
 
 from gpt2_xla.config import XlaPretrainConfig
 from gpt2_xla.errors import run_main
-from gpt2_xla.runtime.xla_launch import check_installation, launch
-from gpt2_xla.startup import pretrain_config
-from gpt2_xla.train import pretrain
 
 
 def main() -> None:
-    config = pretrain_config(XlaPretrainConfig, sys.argv[1:], __doc__)
-    check_installation()
+    from gpt2_xla.runtime.xla_launch import installation_mistakes, launch
+    from gpt2_xla.startup import pretrain_config
+    from gpt2_xla.train import pretrain
+
+    config = pretrain_config(XlaPretrainConfig, sys.argv[1:], __doc__, lambda _: installation_mistakes())
     launch(config, pretrain)
 
 

@@ -125,7 +125,7 @@ def measure(config: PretrainConfig, runtime: Runtime, steps: int, result: str) -
         parameters=parameters,
         tokens_per_second=tokens_per_second,
         step_median=statistics.median(paced),
-        step_p90=statistics.quantiles(paced, n=10)[-1] if len(paced) > 1 else paced[0],
+        step_p90=statistics.quantiles(paced, n=10, method="inclusive")[-1] if len(paced) > 1 else paced[0],
         input_wait=waited / seconds,
         peak_memory=runtime.peak_memory(),
         compiles=compiles.count,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from gpt2_xla.config import PRESETS, ModelConfig
+from gpt2_xla.config import PRESETS, ModelConfig, RunConfig
 from gpt2_xla.errors import UserError
 
 Config = TypeVar("Config")
@@ -104,9 +104,10 @@ def parser_for(config_type: type, description: str, prog: str | None = None) -> 
     )
     general = parser.add_argument_group("General")
     general.add_argument("-h", "--help", action="help", help="show this text")
-    if _has_model(config_type):
+    if _holds(config_type, ModelConfig):
         presets = "{" + ",".join(PRESETS) + "}"
         general.add_argument("--preset", nargs="?", metavar=presets, help="model size (default: gpt2)")
+    if _holds(config_type, RunConfig):
         general.add_argument(
             "--recipe", nargs="?", metavar="NAME", help="flags from configs/NAME.flags, or a file; flags given here win"
         )
@@ -132,35 +133,58 @@ def parse(
     description: str,
     prog: str | None = None,
     base: Config | None = None,
+    mistakes: list[str] | None = None,
 ) -> Parsed[Config]:
     """Parse `argv` into a configuration; collect every mistake before raising one `UserError`.
 
-    Precedence, weakest first: the dataclass defaults (or `base`, a saved configuration), --preset, --recipe, flags.
+    Precedence, weakest first: the dataclass defaults (or `base`, a saved configuration), the recipe, the command
+    line; in each of the two, --preset is weaker than the flags beside it. With a list for `mistakes` they are added to it
+    instead, and what could be parsed is returned.
     """
+    found: list[str] = []
     parser = parser_for(config_type, description, prog)
-    raw = vars(_parse_tokens(parser, argv))
-    mistakes: list[str] = raw.pop("mistakes")
-    for name in ("recipe", "preset"):
-        if name in raw and raw[name] is None:
-            mistakes.append(f"--{name} needs a value")
-            del raw[name]
+    raw = vars(_parse_tokens(parser, argv, found))
+    values: dict[str, Any] = {}
     if "recipe" in raw:
-        recipe = raw.pop("recipe")
-        try:
-            from_recipe = vars(_parse_tokens(parser, read_recipe(recipe)))
-            mistakes += [f"in recipe {recipe}: {m}" for m in from_recipe.pop("mistakes")]
-            raw = from_recipe | raw
-        except UserError as error:
-            mistakes += error.mistakes
+        values |= _recipe_values(config_type, parser, raw.pop("recipe"), found)
+    values |= _values(config_type, raw, found)
+    if mistakes is not None:
+        mistakes += found
+    elif found:
+        raise UserError(found)
+    return Parsed(replace_fields(base if base is not None else config_type(), values), frozenset(values))
+
+
+def _recipe_values(
+    config_type: type, parser: argparse.ArgumentParser, name: str | None, mistakes: list[str]
+) -> dict[str, Any]:
+    """The fields that a recipe sets."""
+    if name is None:
+        mistakes.append("--recipe needs a value")
+        return {}
+    own: list[str] = []
+    try:
+        values = _values(config_type, vars(_parse_tokens(parser, read_recipe(name), own)), own)
+    except UserError as error:  # the file itself
+        mistakes += error.mistakes
+        return {}
+    mistakes += [f"in recipe {name}: {mistake}" for mistake in own]
+    return values
+
+
+def _values(config_type: type, raw: dict[str, Any], mistakes: list[str]) -> dict[str, Any]:
+    """Raw strings as fields' values; a preset's fields first, so that flags beside it win."""
     values: dict[str, Any] = {}
     if "preset" in raw:
         preset = raw.pop("preset")
-        if preset in PRESETS:
-            values |= PRESETS[preset]
-        else:
+        if preset is None:
+            mistakes.append("--preset needs a value")
+        elif preset not in PRESETS:
             mistakes.append(
                 f"--preset {preset} is unknown{did_you_mean(preset, PRESETS)}; there are {', '.join(PRESETS)}"
             )
+        else:
+            values |= PRESETS[preset]
     flags = {flag.key: flag for flag in flags_of(config_type)}
     for key, text in raw.items():
         if text is None:
@@ -170,9 +194,7 @@ def parse(
             values[key] = convert(text, flags[key].type, flags[key].name)
         except UserError as error:
             mistakes += error.mistakes
-    if mistakes:
-        raise UserError(mistakes)
-    return Parsed(replace_fields(base if base is not None else config_type(), values), frozenset(values))
+    return values
 
 
 def replace_fields(config: Config, values: dict[str, Any]) -> Config:
@@ -265,8 +287,8 @@ class _Mistake(Exception):
     """What argparse would have printed before exiting."""
 
 
-def _parse_tokens(parser: argparse.ArgumentParser, tokens: list[str]) -> argparse.Namespace:
-    """Parse into raw strings; unknown flags and missing values become `mistakes`, with the nearest known flag."""
+def _parse_tokens(parser: argparse.ArgumentParser, tokens: list[str], mistakes: list[str]) -> argparse.Namespace:
+    """Parse into raw strings; add unknown flags, with the nearest known one, and what argparse refuses to the mistakes."""
     known = {option for action in parser._actions for option in action.option_strings}
 
     def fail(message: str) -> typing.NoReturn:
@@ -277,11 +299,10 @@ def _parse_tokens(parser: argparse.ArgumentParser, tokens: list[str]) -> argpars
         namespace, rest = parser.parse_known_args(tokens)
     except _Mistake as mistake:
         namespace, rest = argparse.Namespace(), []
-        mistakes = [str(mistake).removeprefix("argument ")]
+        mistakes.append(str(mistake).removeprefix("argument "))
         mistakes += _unknown([t for t in tokens if t.startswith("--") and t.split("=")[0] not in known], known)
     else:
-        mistakes = _unknown(rest, known)
-    namespace.mistakes = mistakes
+        mistakes += _unknown(rest, known)
     return namespace
 
 
@@ -308,5 +329,6 @@ def _inner(type_: Any) -> Any:
     return type_
 
 
-def _has_model(config_type: type) -> bool:
-    return any(t is ModelConfig for t in typing.get_type_hints(config_type).values())
+def _holds(config_type: type, group: type) -> bool:
+    """Whether a configuration has that group of options."""
+    return any(hint is group for hint in typing.get_type_hints(config_type).values())

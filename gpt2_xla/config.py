@@ -95,7 +95,9 @@ class RunConfig:
     train_steps: int = option(19073, "optimizer steps in all, those before a resume included")
     valid_steps: int | None = option(None, "validation steps per evaluation; default: the whole of --valid-dir")
     valid_interval: int = option(250, "validate every N steps; 0 only at the end")
-    save_interval: int = option(1000, "save a checkpoint every N steps; 0 only at the end")
+    save_interval: int = option(
+        1000, "save a checkpoint every N steps; 0 only at the end. A new best validation loss is saved too"
+    )
     saved_checkpoint_limit: int = option(
         3, "checkpoints to keep, newest first; the best by validation loss is kept besides"
     )

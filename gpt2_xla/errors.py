@@ -1,5 +1,6 @@
 """The one kind of error that is the user's to mend: a sentence and exit status 2, never a traceback."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -36,6 +37,9 @@ def run_main(main: Callable[[], int | None]) -> int:
     except UserError as error:
         print_mistakes(error)
         return 2
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

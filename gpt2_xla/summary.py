@@ -27,7 +27,7 @@ def summary(config: PretrainConfig, data: PretrainingData, parameters: int, mach
         ),
         (
             "optimizer",
-            f"{optim.optim_type}, lr {optim.learning_rate:g} → {optim.min_lr:g} {optim.decay_method}, {optim.warmup_steps} warm-up steps",
+            f"{optim.optim_type}, lr {optim.learning_rate:g} → {optim.min_lr:g} {optim.decay_method}, {_warmup(config)}",
         ),
         ("cost", f"{flops / 1e6:,.1f} MFLOP a token, {flops * tokens:.3g} FLOP in all"),
         (
@@ -39,6 +39,11 @@ def summary(config: PretrainConfig, data: PretrainingData, parameters: int, mach
     if run.from_checkpoint:
         rows.append(("checkpoint", str(Path(run.from_checkpoint))))
     return "\n".join(f"  {name:<11} {text}" for name, text in rows)
+
+
+def _warmup(config: PretrainConfig) -> str:
+    steps = config.optim.warmup_steps
+    return f"{steps} warm-up steps" + (", which is the whole run" if steps >= config.run.train_steps else "")
 
 
 def _precision(config: PretrainConfig) -> str:

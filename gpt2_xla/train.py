@@ -88,7 +88,8 @@ def restore(run: Run, source: Path) -> str | None:
             print(
                 f"note: {difference}; from step {run.step} on the run sees other batches than it would have", flush=True
             )
-    return state.wandb_id
+    same_folder = source.parent.resolve() == Path(run.config.run.checkpoints_dir).resolve()
+    return state.wandb_id if same_folder else None  # a branch is a run of its own
 
 
 def train(run: Run) -> None:
@@ -102,6 +103,7 @@ def train(run: Run) -> None:
     if run.step >= total_steps:
         run.metrics.say(f"all {total_steps} steps are done; a larger --train-steps goes on")
         return
+    runtime.watch_signals()
     log = TrainingLog(config, runtime, run.metrics, flops_per_token(config.model, parameter_count(run.model)))
     batches = runtime.batches(run.data.training(run.samples, total_steps - run.step))
     run.forward.train()
@@ -113,7 +115,7 @@ def train(run: Run) -> None:
             runtime.end_step()
             run.step += 1
             run.samples += config.sequences_per_step
-            log.step_done(run.step)
+            log.step_done(run.step, run.samples * config.model.seq_length)
             validate_now = run.data.valid is not None and _due(config.run.valid_interval, run.step, total_steps)
             if validate_now or _due(config.run.save_interval, run.step, total_steps):
                 log.pause()
@@ -124,7 +126,9 @@ def train(run: Run) -> None:
     finally:
         batches.close()
     log.pause()
-    if stopped:
+    if stopped and run.step == 0:
+        run.metrics.say("stopped before the first step: there is nothing to save or to resume")
+    elif stopped:
         if run.step > run.saved_step:
             save(run, None)
         run.metrics.say(f"stopped at step {run.step} of {total_steps}; the same command with --resume continues")

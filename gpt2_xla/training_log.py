@@ -18,6 +18,7 @@ class _Pending:
     """A window whose sums are on their way to the host."""
 
     step: int  # the window's last step
+    tokens: int  # seen by the run so far
     steps: int
     read: Callable[[], list[float]]
     input_wait: float  # seconds
@@ -46,14 +47,14 @@ class TrainingLog:
         """Add a step's [loss, gradient norm]; queued with the step's work."""
         self._sum = self._sum + values
 
-    def step_done(self, step: int) -> None:
-        """Call when optimizer step number `step` (counted from 1) has been launched."""
+    def step_done(self, step: int, tokens: int) -> None:
+        """Call when optimizer step number `step` (counted from 1) has been launched; `tokens` is the run's count so far."""
         self._write_pending()
         self._steps += 1
         self._metrics.advance(step)
         if step % self._config.logging.log_interval == 0 or step == self._config.run.train_steps:
             read = self._runtime.fetch_later(self._sum)
-            self._pending = _Pending(step, self._steps, read, self._input_wait)
+            self._pending = _Pending(step, tokens, self._steps, read, self._input_wait)
             self._sum, self._steps, self._input_wait = self._zero, 0, 0.0
 
     def pause(self) -> None:
@@ -83,7 +84,7 @@ class TrainingLog:
                 "loss": loss,
                 "grad_norm": norm,
                 "learning_rate": learning_rate(window.step - 1, config.optim, config.run.train_steps),
-                "tokens": window.step * config.tokens_per_step,
+                "tokens": window.tokens,
                 "tokens_per_second": tokens_per_second,
                 "step_seconds": seconds / window.steps,
                 "input_wait": window.input_wait / seconds,

@@ -62,7 +62,7 @@ def test_every_option_is_one_flag_with_help(config_type):
             assert f"(default: {shown})" in re.sub(r"\s+", " ", actions[name].help)
 
 
-def test_the_flag_beats_the_recipe_beats_the_preset_beats_the_saved_run_beats_the_default(tmp_path):
+def test_the_flag_beats_the_preset_beats_the_recipe_beats_the_saved_run_beats_the_default(tmp_path):
     recipe = tmp_path / "own.flags"
     recipe.write_text("--num-heads 8  # a comment with an apostrophe: isn't it\n--d-ff 99 --seq-length 64\n")
     base = parsed("--num-layers", "9")
@@ -73,7 +73,7 @@ def test_the_flag_beats_the_recipe_beats_the_preset_beats_the_saved_run_beats_th
     command = ["--seq-length", "32", "--recipe", str(recipe), "--preset", "tiny"]
     config = parsed(*command, base=base)
     assert config.model.seq_length == 32  # all five name it
-    assert config.model.num_heads == 8  # recipe, over preset and base
+    assert config.model.num_heads == PRESETS["tiny"]["num_heads"]  # preset, over recipe and base
     assert config.model.d_ff == 99  # recipe, over base
     assert config.model.d_model == PRESETS["tiny"]["d_model"]  # preset, over base
     assert config.model.activation == "relu"  # base, over default
@@ -97,7 +97,7 @@ def test_a_recipe_may_name_a_preset_and_the_command_another(tmp_path):
     model = parsed("--recipe", str(recipe)).model
     assert (model.d_model, model.num_layers) == (PRESETS["tiny"]["d_model"], 5)
     model = parsed("--recipe", str(recipe), "--preset", "gpt2-xl").model
-    assert (model.d_model, model.num_layers) == (PRESETS["gpt2-xl"]["d_model"], 5)
+    assert (model.d_model, model.num_layers) == (PRESETS["gpt2-xl"]["d_model"], PRESETS["gpt2-xl"]["num_layers"])
 
 
 def test_what_the_command_itself_set_is_known(tmp_path):

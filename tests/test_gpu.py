@@ -62,7 +62,7 @@ def test_a_step_never_waits_for_the_device(precision, text_data, tmp_path):
             torch.cuda.set_sync_debug_mode("error")
         log.add(train_step(training, log.next_batch(batches)))
         training.step += 1
-        log.step_done(training.step)
+        log.step_done(training.step, 0)
     torch.cuda.set_sync_debug_mode("default")
     batches.close()
 

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from commands import TINY, TRAIN, data_flags, losses, records, run
+from commands import PYTHON, ROOT, TINY, TRAIN, data_flags, losses, records, run
 
 from gpt2_xla.config import OptimConfig, TorchConfig
 from gpt2_xla.data.loader import prefetch
@@ -12,6 +12,23 @@ from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
 from gpt2_xla.runtime.peaks import gpu_peak, tpu_peak
 from gpt2_xla.runtime.torch_runtime import TorchRuntime, clip_gradients
+
+BENCH = [
+    "--num-layers",
+    "1",
+    "--num-heads",
+    "1",
+    "--d-model",
+    "16",
+    "--seq-length",
+    "8",
+    "--vocab-size",
+    "32",
+    "--steps",
+    "3",
+    "--precisions",
+    "no",
+]
 
 
 @pytest.fixture
@@ -122,3 +139,26 @@ def test_known_peaks():
     assert tpu_peak("TPU v3") == 61.5e12  # a core: half a chip
     assert tpu_peak("TPU v5 lite") == 197e12
     assert tpu_peak("cpu") is None
+
+
+def test_a_step_with_nan_gradients_changes_nothing(make_runtime):
+    runtime = make_runtime()
+    model = torch.nn.Linear(3, 2)
+    optimizer = runtime.build_optimizer(model, OptimConfig())
+    for value in (1.0, float("nan"), 1.0):
+        before = [parameter.clone() for parameter in model.parameters()]
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        runtime.update(model, optimizer, max_grad_norm=1.0)
+        changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+        assert changed == [value == 1.0] * 2
+    assert all(state["step"] == 2 for state in optimizer.state.values())
+
+
+@pytest.mark.xla
+def test_the_benchmark_measures_both_runtimes():
+    rows = run(*PYTHON, str(ROOT / "scripts" / "bench.py"), *BENCH, "--runtimes", "torch", "xla").splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if row.startswith("| 1 ×")]
+    assert [cell[0].split(",")[0] for cell in cells] == ["1 × cpu", "1 × XLA CPU (torch_xla 2.9.0)"]
+    assert all(float(cell[2].replace(",", "")) > 0 for cell in cells)
+    assert int(cells[1][7]) > 0

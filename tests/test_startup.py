@@ -119,7 +119,7 @@ def test_a_flipped_byte_is_found_where_contents_are_compared(pretrain, own_data,
     assert pretrain(*flags, tmp_path / "a", "--verify-data", "full")[0] == 2
     status, printed = pretrain(*flags, tmp_path / "b", "--verify-data", "size")
     assert status == 0
-    assert "--verify-data full compares sha256" in printed
+    assert "lengths checked" in printed
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(mistakes_of, text_data, tmp_path):
@@ -223,7 +223,7 @@ def test_torchrun_ends_with_the_sentence(text_data, tmp_path):
 
 def test_unknown_flags_and_presets_are_refused_with_the_nearest(mistakes_of):
     found = mistakes_of("--preset", "gpt2-x", "--leraning-rate", "1e-3", "--device", "gpu")
-    assert len(found) == 3
+    assert len(found) == 4  # and --train-dir is missing
     assert "unknown flag --leraning-rate, did you mean --learning-rate?" in found[0]
     assert "--preset gpt2-x is unknown, did you mean gpt2-xl?" in found[1]
     assert "--device gpu is not one of auto, cpu, cuda" in found[2]
@@ -410,11 +410,76 @@ def test_xla_replicas_tell_of_damaged_data_and_of_fp16(own_data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_plain_command_exits_with_status_2(tmp_path):
-    process = start(*TRAIN, "--preset", "gpt3", "--train-dir", tmp_path)
+def test_a_plain_command_exits_with_status_2(text_data):
+    process = start(*TRAIN, "--preset", "gpt3", "--train-dir", text_data / "train", "--seq-length", "64")
     printed = finish(process, 60)
     assert process.returncode == 2
     assert (
         printed
         == "error: --preset gpt3 is unknown, did you mean gpt2?; there are tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl\n"
     )
+
+
+# What a run may not do to another one, and what it does not need
+
+
+def test_a_branch_into_the_folder_of_another_run_is_refused(mistakes_of, own_run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(own_run, other)
+    (found,) = mistakes_of(
+        "--from-checkpoint", own_run / "step-00000004", "--checkpoints-dir", other, "--train-steps", 6
+    )
+    assert f"--checkpoints-dir {other} already holds step-00000004 of another run" in found
+
+
+def test_resume_and_from_checkpoint_exclude_each_other(mistakes_of, own_run):
+    (found,) = mistakes_of("--resume", "--from-checkpoint", own_run / "step-00000004")
+    assert "use one of them" in found
+
+
+def test_fewer_train_steps_than_the_checkpoint_has_done(mistakes_of, own_run):
+    (found,) = mistakes_of("--resume", "--checkpoints-dir", own_run, "--train-steps", 2)
+    assert "--train-steps 2 is below the 4 steps that the checkpoint has done" in found
+
+
+def test_do_test_needs_no_training_data(pretrain, own_run, text_data):
+    flags = ("--train-dir", "gone", "--valid-dir", text_data / "valid")
+    status, printed = pretrain("--do-test", "--checkpoints-dir", own_run, *flags)
+    assert status == 0, printed
+    assert "4 steps trained: validation loss" in printed
+
+
+def test_an_unknown_flag_does_not_hide_the_other_mistakes(mistakes_of, own_data, tmp_path):
+    flags = (*FOUR_STEPS, *data_flags(own_data), "--checkpoints-dir", tmp_path / "run")
+    found = mistakes_of(
+        *flags, "--lerning-rate", 3, "--num-heads", 5, "--mixed-precision", "fp16", "--ddp-backend", "nccl"
+    )
+    text = "\n".join(found)
+    for part in (
+        "unknown flag --lerning-rate, did you mean --learning-rate?",
+        "--num-heads 5",
+        "fp16 needs",
+        "nccl needs",
+    ):
+        assert part in text
+
+
+def test_bare_shards_are_not_said_to_be_checked(pretrain, own_data, tmp_path):
+    for manifest in own_data.glob("*/manifest.json"):
+        manifest.unlink()
+    flags = (*FOUR_STEPS, *data_flags(own_data), "--vocab-size", 257, "--checkpoints-dir", tmp_path / "run")
+    status, printed = pretrain(*flags)
+    assert status == 0, printed
+    assert "lengths checked" in printed
+    assert "sha256" not in printed
+
+
+@pytest.mark.xla
+def test_tpu_without_a_tpu(monkeypatch):
+    from gpt2_xla.runtime.xla_launch import installation_mistakes
+
+    if Path("/dev/accel0").exists() or Path("/dev/vfio").exists():
+        pytest.skip("this machine may have a TPU")
+    monkeypatch.setenv("PJRT_DEVICE", "TPU")
+    (found,) = installation_mistakes()
+    assert "this machine has no TPU" in found

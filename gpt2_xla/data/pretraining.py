@@ -41,7 +41,7 @@ class PretrainingData:
         mistakes = replica_mistakes(config, world_size)
         windows: dict[str, TokenWindows] = {}
         found: dict[str, Manifest] = {}
-        checked = "not checked"
+        hashed = True
         for split, folder in (("train", config.data.train_dir), ("valid", config.data.valid_dir)):
             if folder is None:
                 continue
@@ -49,7 +49,7 @@ class PretrainingData:
                 manifest = found[split] = manifests.read(Path(folder))
                 mistakes += _data_mistakes(config, split, Path(folder), manifest)
                 full = _check_fully(config, manifest)
-                checked = "sha256 checked" if full else "lengths checked (--verify-data full compares sha256)"
+                hashed &= full and all(shard.sha256 for shard in manifest.shards)
                 # One process hashes; the others would only read the same bytes again.
                 manifests.verify(Path(folder), manifest, full=full and rank == 0)
                 windows[split] = TokenWindows(Path(folder), manifest, config.model.seq_length)
@@ -58,6 +58,7 @@ class PretrainingData:
         if mistakes:
             raise UserError(mistakes)
         manifest = found.get("train") or found["valid"]
+        checked = "sha256 checked" if hashed else "lengths checked"
         return cls(config, rank, world_size, windows.get("train"), windows.get("valid"), manifest, checked)
 
     def training(self, first_sample: int, steps: int) -> Iterator[Tensor]:
@@ -103,7 +104,7 @@ class PretrainingData:
         Raises `UserError` if the tokenizer is no longer the one that prepared the data.
         """
         name = self.manifest.tokenizer
-        if name is None or not Path(name).exists():
+        if name is None or not (Path(name).is_file() or Path(name, "tokenizer.json").is_file()):
             return
         tokenizer = load_tokenizer(name)
         if tokenizer.hash != self.manifest.tokenizer_hash:

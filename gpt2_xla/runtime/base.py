@@ -84,6 +84,10 @@ class Runtime(Protocol):
         """CPU copies on rank 0, nothing on the others. Waits for the device."""
         ...
 
+    def watch_signals(self) -> None:
+        """From now on the first SIGTERM or Ctrl-C only makes should_stop() true; a second one ends the process at once."""
+        ...
+
     def should_stop(self, step: int) -> bool:
         """Whether to stop before optimizer step `step`; the same answer on every replica, without waiting for the device."""
         ...

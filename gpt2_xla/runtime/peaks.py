@@ -1,9 +1,12 @@
 """Published dense peaks of accelerators, in FLOP/s, from their vendors' datasheets; for MFU."""
 
-# (substring of the device's name, bf16 / fp16 tensor-core peak). The first match counts.
+import re
+
+# (words in the device's name, bf16 / fp16 tensor-core peak). The first match counts.
 GPUS: tuple[tuple[str, float], ...] = (
     ("H200", 989e12),
     ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
     ("H100", 989e12),
     ("A100", 312e12),
     ("A10G", 70e12),
@@ -29,7 +32,7 @@ TPUS: dict[str, float] = {
 
 def gpu_peak(name: str) -> float | None:
     """The half-precision peak of the GPU that calls itself `name`."""
-    return next((peak for part, peak in GPUS if part in name), None)
+    return next((peak for part, peak in GPUS if re.search(rf"\b{part}\b", name)), None)
 
 
 def tpu_peak(kind: str) -> float | None:

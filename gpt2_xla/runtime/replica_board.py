@@ -45,11 +45,15 @@ class ReplicaBoard:
             _LAYOUT.pack_into(self._memory, 0, max(newest, step), stop)
         return 0 <= stop <= step
 
-    def request_stop(self) -> None:
-        """Stop all replicas before the first step that none of them has entered."""
+    def request_stop(self) -> bool:
+        """Stop all replicas before the first step that none of them has entered.
+
+        False if none has entered a step yet, or if they were asked before: nobody may be listening.
+        """
         with self._locked():
             newest, stop = _LAYOUT.unpack_from(self._memory)
             _LAYOUT.pack_into(self._memory, 0, newest, stop if stop >= 0 else newest + 1)
+        return newest >= 0 and stop < 0
 
     def report_failure(self, error: BaseException) -> None:
         """Leave word of what ended this replica; the first one to say counts."""

@@ -22,6 +22,7 @@ from gpt2_xla.errors import UserError
 from gpt2_xla.runtime.base import CompileStats
 from gpt2_xla.runtime.peaks import gpu_peak
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -29,11 +30,15 @@ class TorchRuntime:
     """See `Runtime`. Under torchrun each process is one replica, joined by DDP."""
 
     def __init__(self, config: TorchConfig) -> None:
+        if mistakes := device_mistakes(config):
+            raise UserError(mistakes)
         self.config = config
-        self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.device = _pick_device(config, int(os.environ.get("LOCAL_RANK", "0")))
-        self.backend = _pick_backend(config, self.device)
-        _check_precision(config, self.device)
+        self.rank, self.world_size = int(os.environ.get("RANK", "0")), world_size()
+        kind, local_rank = pick_accelerator(config.device), int(os.environ.get("LOCAL_RANK", "0"))
+        self.device = torch.device(kind) if kind == "cpu" else torch.device(kind, local_rank)
+        if kind != "cpu":
+            torch.accelerator.set_device_index(local_rank)
+        self.backend = ("nccl" if kind == "cuda" else "gloo") if config.ddp_backend == "auto" else config.ddp_backend
         if config.matmul_precision != "highest":  # torch's own default
             torch.set_float32_matmul_precision(config.matmul_precision)
         self._scaler = GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
@@ -45,8 +50,6 @@ class TorchRuntime:
             dist.init_process_group(self.backend, timeout=timedelta(minutes=10), device_id=device_id)
             # Votes travel between hosts' CPUs: they must not wait for the accelerator's queue.
             self._control = dist.new_group(backend="gloo")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
 
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
@@ -105,6 +108,10 @@ class TorchRuntime:
     def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
         self._scaler.unscale_(optimizer)
         norm = clip_gradients(model, max_grad_norm)
+        if not self._scaler.is_enabled() and optimizer.defaults["fused"]:
+            # A norm that is not finite means a gradient that is not: the fused kernel then changes nothing. The scaler
+            # uses the same switch for its own overflows.
+            optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
         self._scaler.step(optimizer)
         self._scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -137,6 +144,10 @@ class TorchRuntime:
         if self.rank != 0:
             return {}
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+    def watch_signals(self) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
 
     def should_stop(self, step: int) -> bool:  # noqa: ARG002 - other runtimes agree by step number
         if self._control is None:
@@ -180,8 +191,12 @@ class TorchRuntime:
             self._collect_vote()
             dist.destroy_process_group()
 
-    def _on_signal(self, number: int, frame: object) -> None:  # noqa: ARG002 - the signature of a handler
+    def _on_signal(self, *_: object) -> None:
         self._stop_requested = True
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        if self.rank == 0:
+            os.write(2, b"\nstopping after this step; once more to quit at once\n")  # print is not safe in a handler
 
     def _collect_vote(self) -> bool:
         if self._stop_vote is None:
@@ -210,32 +225,27 @@ def pick_accelerator(wanted: str) -> str:
     )
 
 
-def _pick_device(config: TorchConfig, local_rank: int) -> torch.device:
-    kind = pick_accelerator(config.device)
-    if kind == "cpu":
-        return torch.device("cpu")
-    count = torch.accelerator.device_count()
-    if local_rank >= count:
-        processes = os.environ.get("LOCAL_WORLD_SIZE", "?")
-        raise UserError(
+def world_size() -> int:
+    """The number of processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device_mistakes(config: TorchConfig) -> list[str]:
+    """What the options ask of this machine that it cannot do."""
+    try:
+        kind = pick_accelerator(config.device)
+    except UserError as error:
+        return list(error.mistakes)
+    mistakes = []
+    count, processes = torch.accelerator.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if kind != "cpu" and processes > count:
+        mistakes.append(
             f"--nproc_per_node={processes}, but this machine has {count} {kind} devices; start at most {count} processes"
         )
-    torch.accelerator.set_device_index(local_rank)
-    return torch.device(kind, local_rank)
-
-
-def _pick_backend(config: TorchConfig, device: torch.device) -> str:
-    if config.ddp_backend == "nccl" and device.type != "cuda":
-        raise UserError(
-            f"--ddp-backend nccl needs CUDA devices, but the device is {device.type}; use --ddp-backend gloo"
+    if config.ddp_backend == "nccl" and kind != "cuda":
+        mistakes.append(f"--ddp-backend nccl needs CUDA devices, but the device is {kind}; use --ddp-backend gloo")
+    if config.mixed_precision == "fp16" and kind != "cuda":
+        mistakes.append(
+            f"--mixed-precision fp16 needs a CUDA GPU, but the device is {kind}; use --mixed-precision bf16 or no"
         )
-    if config.ddp_backend == "auto":
-        return "nccl" if device.type == "cuda" else "gloo"
-    return config.ddp_backend
-
-
-def _check_precision(config: TorchConfig, device: torch.device) -> None:
-    if config.mixed_precision == "fp16" and device.type != "cuda":
-        raise UserError(
-            f"--mixed-precision fp16 needs a CUDA GPU, but the device is {device.type}; use --mixed-precision bf16 or no"
-        )
+    return mistakes

@@ -6,6 +6,7 @@ import importlib.util
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -29,7 +30,8 @@ def launch(config: XlaPretrainConfig, work: Work, replica: Callable[..., None] |
     SIGTERM and Ctrl-C stop all replicas before the same step. If one replica fails the others, which would wait for it
     in a collective for ever, are killed, and its error is raised here. `replica` replaces `run_replica` in tests.
     """
-    check_installation()
+    if mistakes := installation_mistakes():
+        raise UserError(mistakes)
     import torch_xla.distributed.xla_multiprocessing as xmp
 
     # Starting it later would unblock the signals again (CPython's resource_tracker does).
@@ -43,6 +45,8 @@ def launch(config: XlaPretrainConfig, work: Work, replica: Callable[..., None] |
         arguments = (str(board.path), os.getpid(), config, work)
         xmp.spawn(replica or run_replica, args=arguments, start_method=config.runtime.mp_start_method)
     except Exception as error:  # noqa: BLE001 - replaced by the replica's own error
+        if supervisor.interrupted:
+            raise KeyboardInterrupt from None
         raise _replica_error(board, error) from None
     finally:
         supervisor.finish()
@@ -73,8 +77,8 @@ def die_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def check_installation() -> None:
-    """Raise `UserError` if torch_xla cannot work here, before importing it takes seconds or fails with a traceback."""
+def installation_mistakes() -> list[str]:
+    """Why torch_xla cannot work here; found before importing it takes seconds or fails with a traceback."""
     mistakes = []
     if importlib.util.find_spec("torch_xla") is None:
         mistakes.append(
@@ -94,8 +98,16 @@ def check_installation() -> None:
         mistakes.append(
             f"PJRT_DEVICE={device} is not supported; use {' or '.join(DEVICES)} (on NVIDIA GPUs: run_pretrain.py)"
         )
-    if mistakes:
-        raise UserError(mistakes)
+    elif device == "TPU" and not mistakes and _no_tpu():
+        mistakes.append("PJRT_DEVICE=TPU, but this machine has no TPU; try the program with PJRT_DEVICE=CPU")
+    return mistakes
+
+
+def _no_tpu() -> bool:
+    """Whether no TPU chip is on the PCI bus. Private, checked on torch_xla 2.9; without it xmp.spawn fails obscurely."""
+    from torch_xla._internal import tpu
+
+    return tpu.num_available_chips() == 0
 
 
 class _Supervisor(threading.Thread):
@@ -105,13 +117,19 @@ class _Supervisor(threading.Thread):
         super().__init__(daemon=True, name="replica supervisor")
         self._board = board
         self._done = threading.Event()
+        self.interrupted = False  # the replicas were killed for a signal
 
     def run(self) -> None:
         while not self._done.is_set():
-            if signal.sigtimedwait(STOP_SIGNALS, 0.2):
-                self._board.request_stop()
             children = multiprocessing.active_children()
-            if self._board.failure() or any(child.exitcode for child in children):
+            if signal.sigtimedwait(STOP_SIGNALS, 0.2):
+                if self._board.request_stop():
+                    print("\nstopping after this step; once more to quit at once", file=sys.stderr, flush=True)
+                else:  # no step was begun (start-up, --do-test), or this is the second signal
+                    self.interrupted = True
+                    for child in children:
+                        child.kill()
+            elif self._board.failure() or any(child.exitcode for child in children):
                 # The failed process may still be reporting; the others will never come back from their collective.
                 self._done.wait(2.0)
                 for child in multiprocessing.active_children():

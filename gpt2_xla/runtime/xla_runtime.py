@@ -121,6 +121,9 @@ class XlaRuntime:
             return {}
         return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
+    def watch_signals(self) -> None:
+        self._board.enter_step(0)  # from now on the parent asks to stop instead of killing
+
     def should_stop(self, step: int) -> bool:
         return self._board.enter_step(step)
 
