@@ -52,9 +52,9 @@ def draw_loss_curve(run_dir: Path) -> Path:
         upper.annotate(
             f"best {best['loss']:.3f}",
             (best["step"], best["loss"]),
-            xytext=(0, 14),
+            xytext=(-4, 12),
             textcoords="offset points",
-            ha="center",
+            ha="right",
         )
     upper.set_ylabel("loss (nats per token)")
     upper.set_title(run_dir.name)
