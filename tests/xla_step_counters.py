@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as xla_metrics
 
 from gpt2_xla import optim
@@ -22,6 +23,7 @@ from gpt2_xla.training_log import TrainingLog
 
 
 def counters():
+    xm.wait_device_ops()  # an execution is counted when it ends
     transfers = xla_metrics.metric_data("TransferFromDeviceTime")
     executions = xla_metrics.metric_data("ExecuteTime")
     compiles = xla_metrics.metric_data("CompileTime")
