@@ -316,7 +316,7 @@ def test_missing_split_is_made_again(tmp_path: Path) -> None:
     assert files_under(tmp_path / "out") == before
     (tmp_path / "a.txt").write_text("hello other " * 9)
     (tmp_path / "out" / "valid").rename(tmp_path / "gone2")
-    with pytest.raises(UserError, match="holds other data: input a.txt has changed"):
+    with pytest.raises(UserError, match=r"holds other data: input a\.txt has changed"):
         prepare.prepare_text(config)
 
 
