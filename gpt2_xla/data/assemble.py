@@ -152,10 +152,10 @@ def assemble_shard(job: ShardJob) -> ShardEntry:
         ends = np.cumsum(rows["tokens"][chosen]).astype(np.int64)
         stop = min(skip + left, int(ends[-1]) if len(ends) else 0)
         if stop > skip:
-            names = read_ids(job.parts, record)
-            one, other = (int(np.searchsorted(ends, at, side="right")) for at in (skip, stop - 1))
-            first = names[chosen[one]] if first is None else first
-            last = names[chosen[other]]
+            one, other = (int(chosen[np.searchsorted(ends, at, side="right")]) for at in (skip, stop - 1))
+            if first is None or left == stop - skip:  # the first unit or the last
+                names = read_ids(job.parts, record, (one, other))
+                first, last = first or names[0], names[1]
             inside = (ends > skip) & (ends <= stop)
             documents += int(rows["ends"][chosen][inside].sum())
             left -= stop - skip

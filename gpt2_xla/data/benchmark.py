@@ -222,13 +222,13 @@ def _measured(function: Callable[..., None], *arguments: object) -> tuple[float,
 
 
 def _resident(parent: "psutil.Process") -> int:  # type: ignore[name-defined] # noqa: F821
-    """Proportional memory, which counts shared pages once."""
+    """Resident memory; pages that processes share, such as the interpreter's, count for each of them."""
     import psutil
 
     total = 0
     try:
         for process in [parent, *parent.children(recursive=True)]:
-            total += process.memory_full_info().pss
+            total += process.memory_info().rss
     except psutil.Error:
         return 0  # one of them has just ended
     return total

@@ -112,11 +112,12 @@ def read_documents(folder: Path, record: UnitRecord) -> np.ndarray:
     return np.fromfile(part_path(folder, record.index, "docs"), DOCUMENT, record.documents)
 
 
-def read_ids(folder: Path, record: UnitRecord) -> list[str]:
-    """The ids of a finished unit's documents."""
+def read_ids(folder: Path, record: UnitRecord, rows: tuple[int, int]) -> list[str]:
+    """The ids of two documents of a finished unit."""
     with part_path(folder, record.index, "docs").open("rb") as file:
         file.seek(record.documents * DOCUMENT.itemsize)
-        return [json.loads(line) for line in file.read().split(b"\n") if line]
+        lines = file.read().split(b"\n")
+    return [json.loads(lines[row]) for row in rows]
 
 
 def open_tokens(folder: Path, record: UnitRecord, dtype: str) -> np.ndarray:
