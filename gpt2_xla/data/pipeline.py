@@ -168,6 +168,21 @@ class WorkerJob:
 
 def make(job: Job, plan: Plan, work: Path) -> None:
     """From whatever is finished already to published splits."""
+    if not _is_made(job, work):
+        _make_splits(job, plan, work)
+    publish(job.output_dir, work)
+    remove(work)
+
+
+def _is_made(job: Job, work: Path) -> bool:
+    """Whether a run was killed when all that was left to do was to give the splits their names."""
+    names = ("train", "valid") if job.has_valid else ("train",)
+    places = [(work / name, job.output_dir / name) for name in names]
+    return all(any((folder / manifests.FILE_NAME).exists() for folder in both) for both in places)
+
+
+def _make_splits(job: Job, plan: Plan, work: Path) -> None:
+    """All units, then all shards and manifests, in the work folder."""
     config, parts = job.config, work / "units"
     finished = {unit.index: record for unit in plan.units if (record := read_record(parts, unit.index))}
     needed = disk_needed(plan, job.tokenizer, job.dtype, config.shard_size, job.workers)
@@ -195,8 +210,6 @@ def make(job: Job, plan: Plan, work: Path) -> None:
         duplicates = find_duplicates(parts, records) if dedup else Duplicates({})
         splits = _split_plans(job, work, records, duplicates)
         _write_shards(job, work, records, duplicates, splits, pool, progress, tuple(bad.values()))
-    publish(job.output_dir, work)
-    remove(work)
 
 
 def _split_plans(job: Job, work: Path, records: list[UnitRecord], dups: Duplicates) -> list[SplitPlan]:
