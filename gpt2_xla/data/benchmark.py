@@ -5,6 +5,7 @@ Every row runs in processes of its own, from a parquet file to shards on disk (t
 
 import hashlib
 import multiprocessing
+import resource
 import subprocess
 import sys
 import tempfile
@@ -37,9 +38,17 @@ class Row:
     """One measurement."""
 
     what: str
-    seconds: float
     text_bytes: int
     tokens: int
+    cost: "Cost"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a command took, start included."""
+
+    seconds: float
+    core_seconds: float  # of all its processes together: what other work on the machine does not change
     memory: int  # bytes, the peak of all its processes together
 
 
@@ -57,33 +66,43 @@ def bench_data(config: DataBenchConfig, say: Callable[[str], None]) -> list[Row]
             for what, run in (("baseline", _run_baseline), ("ours", _run_ours)):
                 say(f"{what}, {workers} workers")
                 out = folder / f"{what}{workers}"
-                seconds, memory = run(folder / "in.parquet", out, config.tokenizer, workers)
+                cost = run(folder / "in.parquet", out, config.tokenizer, workers)
                 tokens = _tokens_under(out)
                 expected = tokens if expected is None else expected
                 if not np.array_equal(tokens, expected):
                     raise UserError(f"{what} with {workers} workers made other tokens than the first row")
-                rows.append(Row(f"{what}, {workers} workers", seconds, text_bytes, len(tokens), memory))
+                rows.append(Row(f"{what}, {_count(workers)}", text_bytes, len(tokens), cost))
         for what in ("tiktoken", "gigatoken"):
             say(f"bare {what}")
-            seconds, memory = _measured(_bare, folder / "in.parquet", config.tokenizer, what, folder / what)
-            seconds = float((folder / what).read_text())  # without reading the texts
+            cost = _measured(_bare, folder / "in.parquet", config.tokenizer, what, folder / what)
+            seconds, core_seconds = map(float, (folder / what).read_text().split())  # without reading the texts
             assert expected is not None
-            rows.append(Row(f"bare {what}, 1 core, in memory", seconds, text_bytes, len(expected), memory))
+            cost = Cost(seconds, core_seconds, cost.memory)
+            rows.append(Row(f"bare {what}, texts in memory", text_bytes, len(expected), cost))
     return rows
 
 
+def _count(workers: int) -> str:
+    return "1 worker" if workers == 1 else f"{workers} workers"
+
+
 def table(rows: list[Row], cores: int) -> str:
-    """The rows as a Markdown table; each pipeline's ratio is to the baseline with as many workers."""
+    """The rows as a Markdown table; each pipeline's ratios are to the baseline with as many workers."""
     lines = [
-        f"| {cores} cores | MB/s | tokens/s | seconds | peak memory | against the baseline |",
-        "|---|---:|---:|---:|---:|---:|",
+        f"| {cores} cores | MB/s | tokens/s | MB per core-second | peak memory | time against the baseline | core-seconds |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    base = {row.what.split(", ")[1]: row.seconds for row in rows if row.what.startswith("baseline")}
+    base = {row.what.split(", ")[1]: row.cost for row in rows if row.what.startswith("baseline")}
     for row in rows:
-        ratio = base.get(row.what.split(", ")[1])
+        cost, than = row.cost, base.get(row.what.split(", ")[1])
+        wall, core = (
+            (f"{than.seconds / cost.seconds:.1f} ×", f"{than.core_seconds / cost.core_seconds:.1f} ×")
+            if than
+            else ("", "")
+        )
         lines.append(
-            f"| {row.what} | {row.text_bytes / row.seconds / 1e6:,.1f} | {row.tokens / row.seconds / 1e6:,.2f} M "
-            f"| {row.seconds:,.1f} | {row.memory / 1e6:,.0f} MB | {f'{ratio / row.seconds:.1f} ×' if ratio else ''} |"
+            f"| {row.what} | {row.text_bytes / cost.seconds / 1e6:,.1f} | {row.tokens / cost.seconds / 1e6:,.2f} M "
+            f"| {row.text_bytes / cost.core_seconds / 1e6:,.1f} | {cost.memory / 1e6:,.0f} MB | {wall} | {core} |"
         )
     return "\n".join(lines)
 
@@ -144,7 +163,7 @@ def _documents(source: str) -> list[bytes]:
     return [text for unit in plan.units for batch in read_unit(unit, columns) for text in batch.texts]
 
 
-def _run_ours(source: Path, out: Path, tokenizer: str, workers: int) -> tuple[float, int]:
+def _run_ours(source: Path, out: Path, tokenizer: str, workers: int) -> Cost:
     command = [sys.executable, str(SCRIPT), "--dataset", str(source), "--output-dir", str(out)]
     command += ["--tokenizer", tokenizer, "--num-workers", str(workers), "--valid-tokens", "0"]
     return _measured(_run_command, command)
@@ -154,7 +173,7 @@ def _run_command(command: list[str]) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
-def _run_baseline(source: Path, out: Path, tokenizer: str, workers: int) -> tuple[float, int]:
+def _run_baseline(source: Path, out: Path, tokenizer: str, workers: int) -> Cost:
     out.mkdir()
     return _measured(_baseline, source, out / "train_00000.npy", tokenizer, workers)
 
@@ -191,24 +210,24 @@ def _tokenize_row(text: str) -> list[int]:
 
 
 def _bare(source: Path, tokenizer: str, what: str, answer: Path) -> None:
-    """Texts in memory to ids, 1000 at a time; writes the seconds it took."""
+    """Texts in memory to ids, 1000 at a time; writes the seconds and core-seconds it took."""
     texts = _documents(str(source))
     loaded = load_tokenizer(tokenizer)
     encoder = ReferenceEncoder(loaded) if what == "tiktoken" else fast_encoder(loaded)
     assert encoder.name == what
     encoder.encode(texts[:1])  # imports
-    start = time.perf_counter()
+    start, core_start = time.perf_counter(), time.process_time()
     for first in range(0, len(texts), 1000):
         encoder.encode(texts[first : first + 1000])
-    answer.write_text(str(time.perf_counter() - start))
+    answer.write_text(f"{time.perf_counter() - start} {time.process_time() - core_start}")
 
 
-def _measured(function: Callable[..., None], *arguments: object) -> tuple[float, int]:
-    """Seconds of a call in a new process, start included, and the peak of the memory that it and its children hold."""
+def _measured(function: Callable[..., None], *arguments: object) -> Cost:
+    """What a call costs in a new process."""
     import psutil
 
     process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
-    start = time.perf_counter()
+    start, core_start = time.perf_counter(), _core_seconds()
     process.start()
     assert process.pid is not None
     peak = 0
@@ -218,7 +237,13 @@ def _measured(function: Callable[..., None], *arguments: object) -> tuple[float,
     seconds = time.perf_counter() - start
     if process.exitcode != 0:
         raise UserError(f"the measured process ended with status {process.exitcode}")
-    return seconds, peak
+    return Cost(seconds, _core_seconds() - core_start, peak)
+
+
+def _core_seconds() -> float:
+    """Of all ended children, and theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _resident(parent: "psutil.Process") -> int:  # type: ignore[name-defined] # noqa: F821
