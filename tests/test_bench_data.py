@@ -10,7 +10,9 @@ from gpt2_xla.data.benchmark import bench_data, distinct_texts, table
 def test_the_input_is_distinct_and_always_the_same(shared_data: Path) -> None:
     texts = list(islice(distinct_texts(shared_data / "web_sample"), 3000))
     long = [text for text in texts if len(text) > 500]
-    assert len({text.partition(b"\n")[2] for text in long}) == len(long) > 2000
+    # Of the few pages without lowercase letters, only the number in front differs.
+    assert len({text.partition(b"\n")[2] for text in long}) > 0.99 * len(long) > 2000
+    assert len(set(texts)) == len(texts)
     assert texts == list(islice(distinct_texts(shared_data / "web_sample"), 3000))
 
 

@@ -175,7 +175,7 @@ def _run_command(command: list[str]) -> None:
 
 def _run_baseline(source: Path, out: Path, tokenizer: str, workers: int) -> Cost:
     out.mkdir()
-    return _measured(_baseline, source, out / "train_00000.npy", tokenizer, workers)
+    return _measured(_baseline, source, out, tokenizer, workers)
 
 
 def _baseline(source: Path, out: Path, tokenizer: str, workers: int) -> None:
@@ -188,11 +188,16 @@ def _baseline(source: Path, out: Path, tokenizer: str, workers: int) -> None:
     ):
         rows = (text for batch in parquet.iter_batches(columns=["text"]) for text in batch.column(0).to_pylist())
         shard = np.empty(100_000_000, np.uint16)
-        filled = 0
+        filled = number = 0
         for tokens in pool.imap(_tokenize_row, rows, chunksize=128):
-            shard[filled : filled + len(tokens)] = tokens
-            filled += len(tokens)
-        np.save(out, shard[:filled])
+            room = len(shard) - filled
+            shard[filled : filled + len(tokens)] = tokens[:room]
+            filled += min(room, len(tokens))
+            if len(tokens) >= room:
+                np.save(out / f"train_{number:05d}.npy", shard)
+                shard[: len(tokens) - room] = tokens[room:]
+                filled, number = len(tokens) - room, number + 1
+        np.save(out / f"train_{number:05d}.npy", shard[:filled])
 
 
 _encoding: Any  # tiktoken's, in the baseline's processes

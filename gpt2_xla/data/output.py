@@ -70,6 +70,8 @@ def claim(work: Path, identity: dict[str, Any]) -> None:
 
 def _differences(held: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     found = []
+    if held.get("version") != ours["version"]:
+        found.append(f"this program's work format was {held.get('version')}, is {ours['version']}")
     for name in sorted({*held["options"], *ours["options"]}):
         before, now = held["options"].get(name), ours["options"].get(name)
         if before != now:
