@@ -207,15 +207,21 @@ class PrepareConfig:
 
     source: tuple[str, ...] = option(
         ("pydoc",),
-        "pydoc (Python's language reference), stdlib (its library's source), files or folders: .txt, .md, .py, .jsonl, .parquet",
+        "pydoc (Python's language reference), stdlib (its library's source), files or folders (.txt, .md, .rst, .py, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), or their hf://, s3://, gs:// addresses",
     )
     tokenizer: str = option("gpt2", "bytes, a tiktoken name such as gpt2, or a Hugging Face tokenizer.json or folder")
     output_dir: str = option("data/pydoc", "folder that receives train/ and valid/")
     text_column: str = option("text", "field of .jsonl and .parquet rows that holds the text")
-    valid_fraction: float = option(0.1, "share of the text, at its end, that becomes valid/")
+    valid_fraction: float = option(0.1, "share of the tokens, at their end, that becomes valid/")
+    dedup: Literal["no", "exact"] = option("no", "exact drops documents whose text came before, byte for byte")
     shard_size: int = option(100_000_000, "tokens per shard")
-    num_workers: int | None = option(None, "processes that tokenize; default: one per core")
-    seed: int = option(1337, "seed recorded in the manifest")
+    num_workers: int | None = option(None, "processes that tokenize; default: one per core; changes speed, never bytes")
+    skip_bad_files: bool = option(False, "leave out files that can't be read, whole, instead of stopping at them")
+    fast_tokenizer: bool = option(
+        True, "tokenize with gigatoken where it knows the vocabulary, one document in 1000 checked against tiktoken"
+    )
+    dry_run: bool = option(False, "print what would be done, and the disk it needs, and do nothing")
+    seed: int = option(1337, "picks the documents that are tokenized a second time; decides no byte of the shards")
 
 
 @dataclass(frozen=True)
@@ -223,23 +229,43 @@ class FinewebConfig:
     """Preparing FineWeb"""
 
     dataset: str = option(
-        "HuggingFaceFW/fineweb", "Hugging Face dataset, or a local parquet file or folder of FineWeb's schema"
+        "HuggingFaceFW/fineweb",
+        "Hugging Face dataset; or a file or folder of its rows (.parquet, .jsonl), or an hf://, s3://, gs:// address",
     )
-    name: str = option("sample-10BT", "configuration of the dataset")
+    name: str = option("sample-10BT", "configuration of the dataset, for FineWeb also sample-100BT or sample-350BT")
     split: str = option("train", "split of the dataset")
     fineweb_edu: bool = option(False, "use HuggingFaceFW/fineweb-edu")
     text_column: str = option("text", "column that holds the text")
+    id_column: str = option(
+        "id", "column that names each document and so puts it into train/ or valid/; without it, file and row do"
+    )
     streaming: bool = option(False, "read over the network without storing the raw text")
-    cache_dir: str | None = option(None, "where datasets stores downloads")
+    cache_dir: str | None = option(None, "where downloads are kept; default: Hugging Face's cache")
     tokenizer: str = option("gpt2", "bytes, a tiktoken name such as gpt2, or a Hugging Face tokenizer.json or folder")
     output_dir: str = option("data/fineweb", "folder that receives train/ and valid/")
     shard_size: int = option(100_000_000, "tokens per shard")
     valid_tokens: int = option(
         10_000_000,
-        "valid/ takes whole documents until it holds this many tokens; at most a tenth of the tokens of a small source",
+        "valid/ takes the documents with the smallest hashes of their ids until it holds this many tokens; at most a tenth of the tokens of a small source",
     )
-    num_workers: int | None = option(None, "processes that tokenize; default: one per core")
-    seed: int = option(1337, "seed recorded in the manifest")
+    dedup: Literal["no", "exact"] = option("no", "exact drops documents whose text came before, byte for byte")
+    num_workers: int | None = option(None, "processes that tokenize; default: one per core; changes speed, never bytes")
+    skip_bad_files: bool = option(False, "leave out files that can't be read, whole, instead of stopping at them")
+    fast_tokenizer: bool = option(
+        True, "tokenize with gigatoken where it knows the vocabulary, one document in 1000 checked against tiktoken"
+    )
+    dry_run: bool = option(False, "print what would be done, and the disk it needs, and do nothing")
+    seed: int = option(1337, "picks the documents that are tokenized a second time; decides no byte of the shards")
+
+
+@dataclass(frozen=True)
+class DataBenchConfig:
+    """Timing the preparation of data"""
+
+    sample: str = option("../shared/data/web_sample", "folder of parquet files whose pages are the web text")
+    megabytes: int = option(200, "text to prepare, in MB of UTF-8, no document twice")
+    tokenizer: str = option("gpt2", "a tiktoken name")
+    workers: tuple[int, ...] = option((1, 2), "values of --num-workers to time")
 
 
 @dataclass(frozen=True)

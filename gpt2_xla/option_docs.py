@@ -4,6 +4,7 @@ from gpt2_xla.cli import flags_of
 from gpt2_xla.config import (
     PRESETS,
     BenchConfig,
+    DataBenchConfig,
     FinewebConfig,
     GenerateConfig,
     PrepareConfig,
@@ -18,6 +19,7 @@ COMMANDS = {
     "scripts/prepare_fineweb.py": FinewebConfig,
     "generate.py": GenerateConfig,
     "scripts/bench.py": BenchConfig,
+    "scripts/bench_data.py": DataBenchConfig,
 }
 
 

@@ -10,9 +10,12 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gpt2_xla.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|end▁of▁sentence|>")
 TIKTOKEN_HOST = "openaipublic.blob.core.windows.net"
@@ -119,6 +122,15 @@ class TiktokenTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(replace_surrogates(text))
+
+    def encode_array(self, text: str) -> "np.ndarray":
+        """The same ids as uint32, without a Python object for each."""
+        return self._encoding.encode_to_numpy(replace_surrogates(text), allowed_special=set(), disallowed_special=())
+
+    def ranks(self) -> dict[bytes, int]:
+        """Every token but the special ones, and its id, in the order of the ids."""
+        tokens = {token: self._encoding.encode_single_token(token) for token in self._encoding.token_byte_values()}
+        return dict(sorted(tokens.items(), key=lambda item: item[1]))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.decode_bytes(ids).decode(errors="replace")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from gpt2_xla.config import FinewebConfig, PrepareConfig
-from gpt2_xla.data import encode, prepare, sources
 from gpt2_xla.data import manifest as manifests
+from gpt2_xla.data import prepare, units
+from gpt2_xla.data.inputs import inputs_of
+from gpt2_xla.data.parts import hash_of
 from gpt2_xla.data.shards import open_shard
 from gpt2_xla.errors import UserError
 from gpt2_xla.tokenizer import ByteTokenizer
@@ -102,7 +105,7 @@ def test_documents_end_with_end_of_text_and_empty_ones_are_left_out(tmp_path: Pa
 def test_text_bytes_are_right_where_the_split_cuts_a_document(
     tmp_path: Path, tokenizer: str, tiktoken_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr(units, "UNIT_BYTES", 100)
     texts = [f"document {i} says hello " * (i + 1) for i in range(12)]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     for fraction in (0.03, 0.1, 0.5, 0.9):
@@ -121,36 +124,63 @@ def test_fineweb_takes_whole_documents_for_valid(tmp_path: Path) -> None:
     texts = [f"document {i} " * (i % 7 + 1) for i in range(200)]
     write_parquet(tmp_path / "a.parquet", texts[:120], row_group_size=50)
     write_parquet(tmp_path / "b.parquet", texts[120:])
-    config = FinewebConfig(dataset=str(tmp_path), tokenizer="bytes", num_workers=1, shard_size=1500)
+    config = FinewebConfig(dataset=str(tmp_path), tokenizer="bytes", num_workers=1, shard_size=1500, id_column="number")
     whole = stream_of(texts)
     for want, atleast in ((500, 500), (10**7, len(whole) // 10)):
-        out = tmp_path / f"out{want}"
+        out = tmp_path / f".out{want}"
         prepare.prepare_fineweb(replace(config, output_dir=str(out), valid_tokens=want))
-        train, valid = tokens_of(out / "train"), tokens_of(out / "valid")
-        assert train + valid == whole
-        assert train[-1] == EOT
-        assert atleast <= len(valid) < atleast + 100  # a document has at most 92 tokens
-    prepare.prepare_fineweb(replace(config, output_dir=str(tmp_path / "all"), valid_tokens=0))
-    assert tokens_of(tmp_path / "all" / "train") == whole
+        train, valid = (documents_of(tokens_of(out / split)) for split in ("train", "valid"))
+        assert sorted(train + valid) == sorted(documents_of(whole))
+        # Both keep the source's order.
+        order = {document: i for i, document in enumerate(documents_of(whole))}
+        assert train == sorted(train, key=order.__getitem__)
+        assert valid == sorted(valid, key=order.__getitem__)
+        assert atleast <= sum(map(len, valid)) + len(valid) < atleast + 100  # a document has at most 92 tokens
+    prepare.prepare_fineweb(replace(config, output_dir=str(tmp_path / ".all"), valid_tokens=0))
+    assert tokens_of(tmp_path / ".all" / "train") == whole
+    assert not (tmp_path / ".all" / "valid").exists()
 
 
-def test_fineweb_split_of_one_long_document_and_a_short_one(tmp_path: Path) -> None:
+def documents_of(tokens: list[int]) -> list[tuple[int, ...]]:
+    """The documents of a byte stream that ends with end-of-text, without it."""
+    ends = [-1, *(i for i, token in enumerate(tokens) if token == EOT)]
+    assert ends[-1] == len(tokens) - 1
+    return [tuple(tokens[start + 1 : stop]) for start, stop in pairwise(ends)]
+
+
+def test_a_growing_source_never_validates_on_what_was_trained_on(tmp_path: Path) -> None:
+    ids = [f"<urn:{i}>" for i in range(300)]
+    splits = []
+    for count in (150, 300):
+        table = pa.table({"text": [f"text {i} " * 9 for i in range(count)], "id": ids[:count]})
+        pq.write_table(table, tmp_path / f"{count}.parquet")
+        out = tmp_path / str(count)
+        config = FinewebConfig(dataset=str(tmp_path / f"{count}.parquet"), tokenizer="bytes", output_dir=str(out))
+        prepare.prepare_fineweb(replace(config, num_workers=1, valid_tokens=900))
+        splits.append({split: set(documents_of(tokens_of(out / split))) for split in ("train", "valid")})
+    assert splits[0]["train"] <= splits[1]["train"]
+    assert len(splits[1]["valid"]) > 5
+    assert splits[1]["valid"] & splits[0]["valid"]
+
+
+def test_fineweb_split_of_few_documents(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", ["x", "y" * 1000])
-    config = FinewebConfig(dataset=str(tmp_path), tokenizer="bytes", num_workers=1, output_dir=str(tmp_path / "out"))
-    prepare.prepare_fineweb(config)
-    assert tokens_of(tmp_path / "out" / "train") == stream_of(["x"])
+    config = FinewebConfig(dataset=str(tmp_path / "a.parquet"), tokenizer="bytes", num_workers=1)
+    prepare.prepare_fineweb(replace(config, output_dir=str(tmp_path / "out")))
+    both = [documents_of(tokens_of(tmp_path / "out" / split)) for split in ("train", "valid")]
+    assert sorted(map(len, both)) == [1, 1]
     write_parquet(tmp_path / "a.parquet", ["only one"])
     with pytest.raises(UserError, match="one document, which can't be split"):
         prepare.prepare_fineweb(replace(config, output_dir=str(tmp_path / "out2")))
+    assert not list((tmp_path / "out2").iterdir())
 
 
-def test_builtin_sources_are_there_and_deterministic() -> None:
-    pydoc = list(sources.text_documents(("pydoc",), "text"))
-    assert sum(map(len, pydoc)) > 300_000
-    assert pydoc == list(sources.text_documents(("pydoc",), "text"))
-    stdlib = sources._stdlib_files()
+def test_builtin_sources_are_there_and_deterministic(tmp_path: Path) -> None:
+    prepare.prepare_text(config_for("pydoc", tmp_path / "out"))
+    assert manifests.read(tmp_path / "out" / "train").text_bytes > 300_000
+    stdlib = inputs_of("stdlib", "--source")
     assert len(stdlib) > 300
-    assert not any({"test", "site-packages"} & set(file.parts[-4:]) for file in stdlib)
+    assert not any({"test", "site-packages"} & set(file.name.split("/")) for file in stdlib)
 
 
 def test_a_very_long_document_is_no_problem(tmp_path: Path) -> None:
@@ -166,6 +196,7 @@ def test_a_very_long_document_is_no_problem(tmp_path: Path) -> None:
 def test_number_of_processes_changes_no_byte(
     tmp_path: Path, shared_data: Path, tiktoken_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 200_000)
     outputs = []
     for workers in (1, 2, 3):
         out = tmp_path / str(workers)
@@ -200,11 +231,11 @@ def start_long_run(tmp_path: Path) -> tuple[subprocess.Popen, list[psutil.Proces
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    stream = tmp_path / "out" / ".preparing" / "stream.bin"
+    parts = tmp_path / "out" / ".preparing" / "units"
     deadline = time.monotonic() + 40
-    while not (stream.exists() and stream.stat().st_size > 0):
+    while not any(parts.glob("*.json")):
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no tokens within 40 s"
+        assert time.monotonic() < deadline, "no unit within 40 s"
         time.sleep(0.05)
     return process, psutil.Process(process.pid).children(recursive=True)
 
@@ -216,7 +247,7 @@ def workers_among(children: list[psutil.Process]) -> list[psutil.Process]:
     return workers
 
 
-def test_interrupt_leaves_no_files_and_no_processes(tmp_path: Path) -> None:
+def test_interrupt_leaves_no_processes_and_keeps_finished_units(tmp_path: Path) -> None:
     process, children = start_long_run(tmp_path)
     for worker in workers_among(children):
         # A worker that saw Ctrl-C while it waits would print a traceback; one at work would not, so ask for the mask.
@@ -226,19 +257,31 @@ def test_interrupt_leaves_no_files_and_no_processes(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=40)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert not list((tmp_path / "out").iterdir())
     assert not psutil.wait_procs(children, timeout=20)[1]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".preparing"]
 
 
-def test_killed_run_leaves_no_processes_and_does_not_block_the_next(tmp_path: Path) -> None:
+def test_killed_run_leaves_no_processes_and_refuses_another_source(tmp_path: Path) -> None:
     process, children = start_long_run(tmp_path)
     process.kill()
     process.communicate(timeout=40)
     assert not psutil.wait_procs(children, timeout=20)[1]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".preparing"]
     (tmp_path / "b.txt").write_text("another text")
-    prepare.prepare_text(config_for(tmp_path / "b.txt", tmp_path / "out"))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train", "valid"]
+    other = config_for(tmp_path / "b.txt", tmp_path / "out")
+    with pytest.raises(UserError, match=r"unfinished work of another command: --source was .*in'\], is .*b.txt"):
+        prepare.prepare_text(other)
+    same = config_for(tmp_path / "in", tmp_path / "out")
+    for options, said in (
+        ({"shard_size": 9}, "--shard-size was 100000000, is 9"),
+        ({"tokenizer": "gpt2"}, "--tokenizer was bytes, is gpt2"),
+    ):
+        with pytest.raises(UserError, match=said):
+            prepare.prepare_text(replace(same, **options))
+    (tmp_path / "in" / "7.txt").unlink()
+    (tmp_path / "in" / "7.txt").write_text("changed")
+    (tmp_path / "in" / "8.txt").unlink()
+    with pytest.raises(UserError, match=r"input in/7.txt has changed \(.* bytes, now 7\); input in/8.txt is gone"):
+        prepare.prepare_text(same)
 
 
 def test_a_dying_worker_ends_the_run_with_one_sentence(tmp_path: Path) -> None:
@@ -248,7 +291,6 @@ def test_a_dying_worker_ends_the_run_with_one_sentence(tmp_path: Path) -> None:
     assert process.returncode == 2
     assert "one of the 2 tokenizing processes died" in errors
     assert "Traceback" not in errors
-    assert not list((tmp_path / "out").iterdir())
 
 
 # An output folder that holds something
@@ -274,7 +316,7 @@ def test_missing_split_is_made_again(tmp_path: Path) -> None:
     assert files_under(tmp_path / "out") == before
     (tmp_path / "a.txt").write_text("hello other " * 9)
     (tmp_path / "out" / "valid").rename(tmp_path / "gone2")
-    with pytest.raises(UserError, match="holds other tokens than this command makes now"):
+    with pytest.raises(UserError, match=r"holds other data: input a\.txt has changed"):
         prepare.prepare_text(config)
 
 
@@ -347,18 +389,37 @@ def test_bad_source_files_are_named(tmp_path: Path, name: str, content: bytes, s
     assert not list(tmp_path.glob("out/*"))
 
 
-@pytest.mark.parametrize("make", ["text", "fineweb"])
-def test_corrupt_parquet_page_is_named(tmp_path: Path, make: str) -> None:
-    file = write_parquet(tmp_path / "a.parquet", [f"text {i}" * 50 for i in range(2000)], compression="zstd")
+def corrupt_parquet(path: Path) -> Path:
+    file = write_parquet(path, [f"text {i}" * 50 for i in range(2000)], compression="zstd")
     data = bytearray(file.read_bytes())
     data[200:260] = bytes(60)
     file.write_bytes(data)
-    documents = {
-        "text": lambda: sources.text_documents((str(file),), "text"),
-        "fineweb": lambda: sources.fineweb_documents(FinewebConfig(dataset=str(file))),
-    }[make]()
-    with pytest.raises(UserError, match=r"a.parquet can't be read as parquet"):
-        list(documents)
+    return file
+
+
+def test_corrupt_parquet_page_is_named_or_skipped(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    file = corrupt_parquet(tmp_path / "in" / "b.parquet")
+    write_parquet(tmp_path / "in" / "a.parquet", ["good", "text"])
+    (tmp_path / "in" / "c.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "in" / "d.txt").write_bytes(b"fine")
+    (tmp_path / "in" / "e.parquet").write_bytes(b"PAR1 this is no parquet PAR1")
+    config = config_for(tmp_path / "in", tmp_path / "out", valid_fraction=0.0)
+    with pytest.raises(UserError, match=r"e.parquet can't be read as parquet"):
+        prepare.prepare_text(config)
+    (tmp_path / "in" / "e.parquet").unlink()
+    with pytest.raises(UserError, match=r"b.parquet can't be read as parquet"):
+        prepare.prepare_text(config)
+    (tmp_path / "in" / "e.parquet").write_bytes(b"PAR1 this is no parquet PAR1")
+    for workers in (1, 2):
+        out = tmp_path / f"out{workers}"
+        prepare.prepare_text(replace(config, output_dir=str(out), skip_bad_files=True, num_workers=workers))
+        assert tokens_of(out / "train") == stream_of(["good", "text", "fine"])
+        skipped = manifests.read(out / "train").skipped_files
+        assert len(skipped) == 3
+        assert all(any(name in text for text in skipped) for name in ("b.parquet", "c.txt is not UTF-8", "e.parquet"))
+    with pytest.raises(UserError, match=r"b.parquet can't be read as parquet"):
+        prepare.prepare_fineweb(FinewebConfig(dataset=str(file), tokenizer="bytes", output_dir=str(tmp_path / "o3")))
 
 
 def test_all_mistakes_of_a_command_are_listed(tmp_path: Path) -> None:
@@ -416,15 +477,19 @@ def test_fineweb_script_reads_local_parquet(tmp_path: Path, shared_data: Path, t
     train, valid = (manifests.read(out / split) for split in ("train", "valid"))
     assert train.documents + valid.documents == 780
     assert train.tokens + valid.tokens == 488_133
-    texts = [
-        row
-        for name in ("000", "001")
-        for row in pq.read_table(shared_data / "web_sample" / f"{name}_00000.parquet")["text"].to_pylist()
-    ]
+    assert 48_813 <= valid.tokens < 60_000
+    rows = [row for name in ("000", "001") for row in rows_of(shared_data / "web_sample" / f"{name}_00000.parquet")]
     tokenizer = prepare.load_tokenizer("gpt2")
-    first = tokens_of(out / "train")[: len(tokenizer.encode(texts[0])) + 1]
-    assert first == [*tokenizer.encode(texts[0]), 50256]
-    assert tokens_of(out / "valid")[-len(tokenizer.encode(texts[-1])) - 1 :] == [*tokenizer.encode(texts[-1]), 50256]
+    in_valid = [row for row in rows if hash_of(row["id"].encode()) <= int(valid.split_rule.split()[-1])]
+    expected = [token for row in in_valid for token in (*tokenizer.encode(row["text"]), 50256)]
+    assert tokens_of(out / "valid") == expected
+    assert valid.shards[0].first_document == in_valid[0]["id"]
+    assert valid.shards[0].last_document == in_valid[-1]["id"]
+    assert [entry.file for entry in train.inputs] == ["web_sample/000_00000.parquet", "web_sample/001_00000.parquet"]
+
+
+def rows_of(file: Path) -> list[dict]:
+    return pq.read_table(file).to_pylist()
 
 
 def test_fineweb_without_network_names_the_host(tmp_path: Path) -> None:

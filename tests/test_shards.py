@@ -147,7 +147,7 @@ def test_missing_and_empty_folders_are_named(tmp_path: Path) -> None:
         ({"dtype": "float32"}, "dtype is 'float32'"),
         ({"vocab_size": "many"}, "vocab_size"),
         ({"shards": []}, "no shards"),
-        ({"shards": "all"}, "must be lists"),
+        ({"shards": "all"}, "must be a list"),
         ({"shards": [{"file": "../s_0.npy", "tokens": 11}]}, "not a plain file name"),
         ({"shards": [{"file": "/etc/passwd", "tokens": 11}]}, "not a plain file name"),
         ({"shards": [{"file": "..", "tokens": 11}]}, "not a plain file name"),

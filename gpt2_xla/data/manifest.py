@@ -17,12 +17,23 @@ PREPARE_HINT = "prepare data with: python scripts/prepare_text.py --output-dir {
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard. `documents` counts the end-of-text tokens in it; None and None where only the shard's header is known."""
+    """One shard. `documents` counts the end-of-text tokens in it; None where only the shard's header is known."""
 
     file: str
     tokens: int
     documents: int | None = None
     sha256: str | None = None
+    first_document: str | None = None  # id of the document that its first token belongs to
+    last_document: str | None = None
+
+
+@dataclass(frozen=True)
+class InputEntry:
+    """One input file, and how to notice that it has changed."""
+
+    file: str
+    bytes: int
+    version: str  # etag or content hash of a remote file, time of the last change (ns) of a local one
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,10 @@ class Manifest:
     source: tuple[str, ...] = ()
     seed: int | None = None
     command: str | None = None  # the options that decide the bytes; where they go and how fast is left out
+    inputs: tuple[InputEntry, ...] = ()  # all that was read; built-in sources are told by their version in `source`
+    split_rule: str | None = None  # which documents are in this split
+    duplicates: int | None = None  # documents that --dedup exact dropped, of both splits; None without it
+    skipped_files: tuple[str, ...] = ()  # files that could not be read, and why (--skip-bad-files)
     version: int = 1
 
     @property
@@ -122,22 +137,25 @@ def _parse(content: Any) -> Manifest:
         raise ValueError("a shard is listed twice")
     if sum(shard.tokens for shard in shards) != values["tokens"]:
         raise ValueError(f"its shards sum to {sum(s.tokens for s in shards)} tokens, it claims {values['tokens']}")
-    return Manifest(**{**values, "shards": shards, "source": tuple(values.get("source", ()))})
+    values["inputs"] = tuple(_parse_input(entry) for entry in values.get("inputs", ()))
+    lists = {name: tuple(values.get(name, ())) for name in ("source", "skipped_files")}
+    return Manifest(**{**values, **lists, "shards": shards})
 
 
 def _check_types(values: dict[str, Any]) -> None:
-    optional_counts = ("vocab_size", "end_of_text", "documents", "text_bytes")
+    optional_counts = ("vocab_size", "end_of_text", "documents", "text_bytes", "duplicates")
     for name in ("tokens", *optional_counts):
         value = values.get(name)
         if not _is_count(value) and not (value is None and name in optional_counts):
             raise ValueError(f"{name} is {value!r}, expected a count")
-    for name in ("split", "tokenizer", "tokenizer_hash", "command"):
+    for name in ("split", "tokenizer", "tokenizer_hash", "command", "split_rule"):
         if not isinstance(values.get(name), str | None):
             raise ValueError(f"{name} is {values[name]!r}, expected a string")
     if values["dtype"] not in DTYPES:
         raise ValueError(f"dtype is {values['dtype']!r}, expected {' or '.join(DTYPES)}")
-    if not isinstance(values["shards"], list) or not isinstance(values.get("source", []), list):
-        raise ValueError("shards and source must be lists")
+    for name in ("shards", "source", "inputs", "skipped_files"):
+        if not isinstance(values.get(name, []), list):
+            raise ValueError(f"{name} must be a list")
 
 
 def _parse_shard(entry: Any) -> ShardEntry:
@@ -149,7 +167,17 @@ def _parse_shard(entry: Any) -> ShardEntry:
     documents, sha256 = entry.get("documents"), entry.get("sha256")
     if not isinstance(sha256, str | None) or not (documents is None or _is_count(documents)):
         raise ValueError(f"shard {name!r} has a bad documents or sha256")
-    return ShardEntry(name, entry["tokens"], documents, sha256)
+    first, last = entry.get("first_document"), entry.get("last_document")
+    if not isinstance(first, str | None) or not isinstance(last, str | None):
+        raise ValueError(f"shard {name!r} has a bad first_document or last_document")
+    return ShardEntry(name, entry["tokens"], documents, sha256, first, last)
+
+
+def _parse_input(entry: Any) -> InputEntry:
+    try:
+        return InputEntry(str(entry["file"]), int(entry["bytes"]), str(entry["version"]))
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"input {entry!r:.80} has no file, bytes and version") from error
 
 
 def _is_count(value: Any) -> bool:

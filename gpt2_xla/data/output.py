@@ -1,22 +1,26 @@
-"""The folder that receives prepared splits. They are made in OUTPUT_DIR/.preparing and get their names by one rename each."""
+"""The folder that receives prepared splits. Work lives in OUTPUT_DIR/.preparing, outlives a kill, and ends with one rename a split."""
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from gpt2_xla.data import manifest as manifests
-from gpt2_xla.data.shards import sync_folder
+from gpt2_xla.data.manifest import InputEntry
+from gpt2_xla.data.shards import atomic_write, sync_folder
 from gpt2_xla.errors import UserError
 
 SPLITS = ("train", "valid")
+PLAN = "plan.json"
 
 
 @contextmanager
 def work_folder(output_dir: Path) -> Iterator[Path]:
-    """An empty folder OUTPUT_DIR/.preparing that no other process uses; gone afterwards. What a killed run left is deleted."""
+    """OUTPUT_DIR/.preparing, used by no other process. It stays if it holds finished work, for the next run to continue."""
     folder = output_dir / ".preparing"
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
@@ -26,20 +30,111 @@ def work_folder(output_dir: Path) -> Iterator[Path]:
         except BlockingIOError as error:
             raise UserError(f"another command is preparing data in {output_dir}; wait for it or stop it") from error
         try:
-            for entry in folder.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            if not any(folder.glob("units/*.json")):
+                remove(folder)
     finally:
         os.close(lock)
+
+
+def remove(work: Path) -> None:
+    """Delete the work; the plan first, so that no half-deleted folder is ever continued."""
+    (work / PLAN).unlink(missing_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def claim(work: Path, identity: dict[str, Any]) -> None:
+    """Make `work` the folder of this plan. UserError that names the differences if it holds another plan's work."""
+    try:
+        held = json.loads((work / PLAN).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        held = None
+    except ValueError as error:
+        raise UserError(f"{work / PLAN} is damaged; delete {work} to start again") from error
+    if held is None:
+        for entry in work.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for name in ("units", "shards", *SPLITS):
+            (work / name).mkdir()
+        with atomic_write(work / PLAN) as file:
+            file.write(json.dumps(identity).encode())
+    elif differences := _differences(held, identity):
+        raise UserError(
+            f"{work} holds the unfinished work of another command: {'; '.join(differences)}; "
+            "run that command again, choose another --output-dir, or delete that folder"
+        )
+    for stale in work.rglob(".*.tmp"):  # of killed processes
+        stale.unlink(missing_ok=True)
+
+
+def _differences(held: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    found = []
+    if held.get("version") != ours["version"]:
+        found.append(f"this program's work format was {held.get('version')}, is {ours['version']}")
+    for name in sorted({*held["options"], *ours["options"]}):
+        before, now = held["options"].get(name), ours["options"].get(name)
+        if before != now:
+            found.append(f"--{name.replace('_', '-')} was {before}, is {now}")
+    for name in ("tokenizer_hash", "source"):
+        if held[name] != ours[name] and not found:
+            found.append(f"its {name.replace('_', ' ')} was {held[name]}, is {ours[name]}")
+    if not found:
+        found = changed_inputs(
+            [InputEntry(*entry) for entry in held["inputs"]], [InputEntry(*e) for e in ours["inputs"]]
+        )
+    return found
+
+
+def changed_inputs(held: list[InputEntry], ours: list[InputEntry]) -> list[str]:
+    """What is different about the input files, in at most four parts of a sentence."""
+    before, now = ({entry.file: entry for entry in entries} for entries in (held, ours))
+    found = []
+    for name in dict.fromkeys([*before, *now]):
+        if name not in now:
+            found.append(f"input {name} is gone")
+        elif name not in before:
+            found.append(f"input {name} is new")
+        elif before[name] != now[name]:
+            found.append(f"input {name} has changed ({before[name].bytes:,} bytes, now {now[name].bytes:,})")
+    return [*found[:3], f"and {len(found) - 3} more"] if len(found) > 4 else found
+
+
+def check_published(output_dir: Path, expected: dict[str, Any], inputs: list[InputEntry]) -> set[str]:
+    """The splits that are there already. UserError if they are not what this command makes, or damaged."""
+    splits = {split: output_dir / split for split in SPLITS}
+    found = {split: folder for split, folder in splits.items() if folder.exists() and any(folder.iterdir())}
+    for folder in found.values():
+        if not (folder / manifests.FILE_NAME).exists():
+            raise UserError(f"{folder} holds files that no prepare command wrote; choose another --output-dir")
+        manifest = manifests.read(folder)
+        held = {
+            "tokenizer's hash": manifest.tokenizer_hash,
+            "command": manifest.command,
+            "source": ", ".join(manifest.source),
+        }
+        for what, theirs in held.items():
+            if theirs != expected[what]:
+                raise UserError(
+                    f"{folder} holds other data: its {what} is {theirs!r}, this one's {expected[what]!r}; "
+                    "choose another --output-dir or delete that folder"
+                )
+        if changes := changed_inputs(list(manifest.inputs), inputs):
+            raise UserError(
+                f"{folder} holds other data: {'; '.join(changes)}; choose another --output-dir or delete that folder"
+            )
+        try:
+            manifests.verify(folder, manifest, full=False)
+        except UserError as error:
+            raise UserError([*error.mistakes, f"delete {folder} to prepare it again"]) from error
+    return set(found)
 
 
 def publish(output_dir: Path, work: Path) -> None:
     """Give the finished splits their names. A split that is there already must be the same, and stays."""
     for split in reversed(SPLITS):
         made, target = work / split, output_dir / split
-        if not made.exists():
+        if not (made / manifests.FILE_NAME).exists():
             continue
         if (target / manifests.FILE_NAME).exists():
             if manifests.read(target).fingerprint != manifests.read(made).fingerprint:

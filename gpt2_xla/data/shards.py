@@ -6,7 +6,7 @@ import os
 import threading
 import tokenize
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -55,16 +55,26 @@ def sync_folder(folder: Path) -> None:
 
 def write_shard(path: Path, tokens: np.ndarray) -> str:
     """Write 1-D uint16 or uint32 `tokens` (a memory map will do) as a .npy file; return the file's sha256 (hex)."""
+    parts = (tokens[start : start + 2**22] for start in range(0, len(tokens), 2**22))
+    return write_shard_parts(path, tokens.dtype, len(tokens), parts)
+
+
+def write_shard_parts(path: Path, dtype: np.dtype, count: int, parts: Iterable[np.ndarray]) -> str:
+    """The same for `count` tokens that come in parts, so that a shard never is in memory whole."""
     header = io.BytesIO()
-    descr = tokens.dtype.newbyteorder("<").str
-    np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": tokens.shape})
+    descr = dtype.newbyteorder("<").str
+    np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": (count,)})
     digest = hashlib.sha256(header.getvalue())
     with atomic_write(path) as file:
         file.write(header.getvalue())
-        for start in range(0, len(tokens), 2**22):
-            part = tokens[start : start + 2**22].astype(descr, copy=False).tobytes()
-            digest.update(part)
-            file.write(part)
+        written = 0
+        for part in parts:
+            data = np.ascontiguousarray(part.astype(descr, copy=False)).data
+            digest.update(data)
+            file.write(data)
+            written += len(part)
+        if written != count:
+            raise UserError(f"{path} would hold {written} tokens instead of {count}: prepare the data again")
     return digest.hexdigest()
 
 

@@ -1,0 +1,101 @@
+"""Hub datasets, through the real datasets and huggingface_hub, against a local server that answers like the hub."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from small_hub import small_hub
+
+from gpt2_xla.data import manifest as manifests
+from gpt2_xla.data.shards import open_shard
+
+ROOT = Path(__file__).resolve().parent.parent
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/*.parquet
+- config_name: sample-10BT
+  data_files:
+  - split: train
+    path: sample/10BT/*.parquet
+---
+A dataset.
+"""
+
+
+def parquet_of(texts: list[str]) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(pa.table({"text": texts, "id": [f"<urn:{text}>" for text in texts]}), out, row_group_size=3)
+    return out.getvalue()
+
+
+TEXTS = [[f"page {i} of file {file}" for i in range(10)] for file in range(2)]
+FILES = {
+    "README.md": CARD.encode(),
+    "data/000_00000.parquet": parquet_of(["the whole"]),
+    "sample/10BT/000_00000.parquet": parquet_of(TEXTS[0]),
+    "sample/10BT/001_00000.parquet": parquet_of(TEXTS[1]),
+}
+
+
+def run(out: Path, home: Path, endpoint: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts" / "prepare_fineweb.py"), "--dataset", "some/web"]
+    command += [
+        "--tokenizer",
+        "bytes",
+        "--output-dir",
+        str(out),
+        "--valid-tokens",
+        "0",
+        "--num-workers",
+        "1",
+        *arguments,
+    ]
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_dataset_is_downloaded_once_or_streamed(tmp_path: Path, streaming: bool) -> None:
+    with small_hub("some/web", FILES) as (endpoint, asked):
+        done = run(tmp_path / "out", tmp_path / "home", endpoint, *(["--streaming"] if streaming else []))
+        assert done.returncode == 0, "\n".join([done.stderr, *asked])
+        manifest = manifests.read(tmp_path / "out" / "train")
+        tokens = np.concatenate([open_shard(path) for path in manifest.paths(tmp_path / "out" / "train")])
+        expected = [token for texts in TEXTS for text in texts for token in (*text.encode(), 256)]
+        assert tokens.tolist() == expected
+        assert manifest.source == ("some/web sample-10BT train",)
+        names = [entry.file for entry in manifest.inputs]
+        assert names == ["sample/10BT/000_00000.parquet", "sample/10BT/001_00000.parquet"]
+        assert all(entry.version for entry in manifest.inputs)
+        stored = list((tmp_path / "home" / "hub").rglob("*.parquet")) if (tmp_path / "home" / "hub").exists() else []
+        assert len(stored) == (0 if streaming else 2)
+
+
+@pytest.mark.slow
+def test_mistakes_about_a_hub_dataset_are_one_sentence(tmp_path: Path) -> None:
+    with small_hub("some/web", FILES) as (endpoint, _):
+        for arguments, said in (
+            (("--name", "sample-9BT"), "sample-9BT"),
+            (("--split", "test"), "has no --split test; it has train"),
+            (("--text-column", "body"), "has no --text-column body; its columns: text, id"),
+            (("--dataset", "some/other"), "--dataset some/other is not on"),
+        ):
+            done = run(tmp_path / "out", tmp_path / "home", endpoint, *arguments)
+            assert done.returncode == 2, done.stderr
+            assert said in done.stderr
+            assert "Traceback" not in done.stderr
+    done = run(tmp_path / "out", tmp_path / "home2", endpoint)  # the server is gone
+    assert done.returncode == 2
+    assert endpoint.removeprefix("http://") in done.stderr
+    assert "--dataset PATH" in done.stderr
+    assert "Traceback" not in done.stderr

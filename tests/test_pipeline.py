@@ -1,0 +1,321 @@
+"""The parts of the pipeline: units, documents, encoders, splits; and what a person sees of it."""
+
+import gzip
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from gpt2_xla.config import FinewebConfig, PrepareConfig
+from gpt2_xla.data import encoder as encoders
+from gpt2_xla.data import manifest as manifests
+from gpt2_xla.data import prepare, prepare_report, splits, units
+from gpt2_xla.data.encoder import DocumentEncoder, GigatokenEncoder, fast_encoder, pieces_of
+from gpt2_xla.data.inputs import inputs_of
+from gpt2_xla.data.shards import open_shard
+from gpt2_xla.errors import UserError
+from gpt2_xla.tokenizer import load_tokenizer, replace_surrogates
+
+EOT = 256
+
+
+def tokens_of(folder: Path) -> list[int]:
+    manifest = manifests.read(folder)
+    manifests.verify(folder, manifest, full=True)
+    return np.concatenate([open_shard(path) for path in manifest.paths(folder)]).tolist()
+
+
+def text_config(source: Path | str, output: Path, **options) -> PrepareConfig:
+    defaults = PrepareConfig((str(source),), "bytes", str(output), num_workers=1, valid_fraction=0.0)
+    return replace(defaults, **options)
+
+
+def weird_texts() -> list[str]:
+    """Texts that tokenizers get wrong, and random ones from every corner of Unicode."""
+    texts = ["\0", "a\0b\0\0", " ", "\n \n  x", "  " * 500 + "x", "<|endoftext|>", "a<|endoftext|>b", "\ufffd\ufffdb"]
+    texts += [
+        "日本語",
+        "👨‍👩‍👧‍👦",
+        "\u202e\u200b\u00a0\u2003x",
+        "é" * 999,
+        "'s 't 'S 're",
+        "٣٤٥ ௧",
+        "a" * 5000,
+        "1" * 999,
+    ]
+    texts += [
+        "\r\n\r\n\t\tx",
+        "\x85x\u2028y\x1cz",
+        "\ufeffbom",
+        "½²³ⅷ",
+        "ǅʰª",
+        "\U0010ffff\U000e0001",
+        "lone \ud800 \udc00x",
+    ]
+    random = np.random.default_rng(0)
+    ranges = [
+        (32, 127),
+        (0, 0x300),
+        (0x300, 0xD800),
+        (0xE000, 0x11000),
+        (0x10000, 0x110000),
+        (32, 33),
+        (9, 14),
+        (39, 40),
+    ]
+    for _ in range(1500):
+        picked = [ranges[i] for i in random.integers(0, len(ranges), random.integers(1, 150))]
+        texts.append("".join(chr(random.integers(low, high)) for low, high in picked))
+    return [replace_surrogates(text) for text in texts]
+
+
+# Encoders
+
+
+def test_gigatoken_makes_tiktokens_tokens(shared_data: Path, tiktoken_cache: Path) -> None:
+    tokenizer = load_tokenizer("gpt2")
+    fast = fast_encoder(tokenizer)
+    assert isinstance(fast, GigatokenEncoder)
+    pages = [
+        row
+        for file in sorted((shared_data / "web_sample").iterdir())
+        for row in pq.read_table(file)["text"].to_pylist()
+    ]
+    code = [Path(file.url).read_text() for file in inputs_of("stdlib", "--source")[:100]]
+    for texts in (weird_texts(), pages, code):
+        ids, counts = fast.encode([text.encode() for text in texts])
+        parts = np.split(ids, np.cumsum(counts)[:-1])
+        for text, part in zip(texts, parts, strict=True):
+            assert part.tolist() == tokenizer.encode(text), text[:100]
+
+
+def test_a_full_cache_is_thrown_away_and_changes_nothing(tiktoken_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = GigatokenEncoder(load_tokenizer("gpt2"))
+    before, _ = fast.encode([b"some words"] * 3)
+    first = fast._backend
+    monkeypatch.setattr(encoders, "CACHE_LIMIT", -(2**40))
+    again, _ = fast.encode([b"some words"] * 3)
+    assert fast._backend is not first
+    assert before.tolist() == again.tolist()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_long_documents_are_cut_where_it_changes_nothing(
+    name: str, shared_data: Path, tiktoken_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoders, "LONG", 1000)
+    monkeypatch.setattr(encoders, "PIECE", 100)
+    tokenizer = load_tokenizer(name)
+    texts = [
+        (shared_data / "tinyshakespeare.txt").read_bytes(),
+        b"no cut " * 999,
+        "".join(weird_texts()).encode(),
+        b"a",
+    ]
+    texts.append(Path(inputs_of("stdlib", "--source")[0].url).read_bytes())
+    assert len(pieces_of(texts[0])) > 4000
+    encoded = DocumentEncoder(tokenizer).encode(texts, list("abcde"), np.random.default_rng(0))
+    parts = np.split(encoded.tokens, np.cumsum(encoded.counts)[:-1])
+    assert [part.tolist() for part in parts] == [tokenizer.encode(text.decode()) for text in texts]
+
+
+def test_a_sample_of_documents_is_held_against_the_reference(tmp_path: Path, tiktoken_cache: Path, monkeypatch) -> None:
+    lines = [json.dumps({"text": f"document {i} says hello", "id": f"<{i}>"}) for i in range(2500)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    encoder = DocumentEncoder(load_tokenizer("gpt2"))
+    encoder.encode([b"text"] * 2500, ["x"] * 2500, np.random.default_rng(0))
+    assert encoder.checked == 3
+
+    honest = GigatokenEncoder.encode
+
+    def wrong(self: GigatokenEncoder, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        ids, counts = honest(self, texts)
+        return ids + 1, counts
+
+    monkeypatch.setattr(GigatokenEncoder, "encode", wrong)
+    config = text_config(tmp_path / "a.jsonl", tmp_path / "out", tokenizer="gpt2")
+    with pytest.raises(UserError, match=r"document a.jsonl#\d+: gigatoken makes other tokens of it than tiktoken"):
+        prepare.prepare_text(config)
+    prepare.prepare_text(replace(config, fast_tokenizer=False))
+    first = load_tokenizer("gpt2").encode("document 0 says hello")
+    assert tokens_of(tmp_path / "out" / "train")[: len(first)] == first
+
+
+# Units and documents
+
+
+def test_blocks_of_files_give_each_document_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"{'long ' * (i * 37 % 90)}{i} é\n日" for i in range(400)]
+    lines = "".join(json.dumps({"text": text}) + "\n" * (1 + i % 3) for i, text in enumerate(texts))
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    frames = [zstandard.compress(part.encode()) for part in (lines[:999], lines[999:])]
+    (tmp_path / "c.jsonl.zst").write_bytes(b"".join(frames))
+    (tmp_path / "d.txt").write_text("word\n" * 3000)
+    (tmp_path / "e.txt").write_text("no place to cut " * 500)
+    pq.write_table(pa.table({"text": texts}), tmp_path / "f.parquet", row_group_size=30)
+    expected = [*texts * 3, "word\n" * 3000, "no place to cut " * 500, *texts]
+    stream = [token for text in expected for token in (*text.encode(), EOT)]
+    for size in (97, 1000, 10**7):
+        monkeypatch.setattr(units, "UNIT_BYTES", size)
+        out = tmp_path / f".{size}"
+        prepare.prepare_text(text_config(tmp_path, out))
+        assert tokens_of(out / "train") == stream
+        assert manifests.read(out / "train").documents == len(expected)
+
+
+def test_errors_in_blocks_name_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 50)
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' * 40 + "{bad\n")
+    with pytest.raises(UserError, match=r"a.jsonl:41 is not a line of JSON"):
+        prepare.prepare_text(text_config(tmp_path / "a.jsonl", tmp_path / "out"))
+
+
+def test_exact_duplicates_are_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in "abacab"))
+    (tmp_path / "b.txt").write_text("b")
+    (tmp_path / "c.txt").write_text("d")
+    monkeypatch.setattr(units, "UNIT_BYTES", 30)
+    monkeypatch.setattr(splits, "HASHES_AT_ONCE", 2)
+    prepare.prepare_text(text_config(tmp_path, tmp_path / ".out", dedup="exact"))
+    assert tokens_of(tmp_path / ".out" / "train") == [97, EOT, 98, EOT, 99, EOT, 100, EOT]
+    assert manifests.read(tmp_path / ".out" / "train").duplicates == 4
+    assert "4 exact duplicates dropped" in capsys.readouterr().out
+
+
+def test_manifest_names_the_documents_at_the_shards_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 60)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "123"}) + "\n" for i in range(12)))
+    prepare.prepare_text(text_config(tmp_path / "a.jsonl", tmp_path / "out", shard_size=10))
+    shards = manifests.read(tmp_path / "out" / "train").shards
+    names = [f"a.jsonl#{16 * i}" for i in range(12)]
+    assert [(s.first_document, s.last_document) for s in shards] == [
+        (names[start * 10 // 4], names[(min(start * 10 + 10, 48) - 1) // 4]) for start in range(5)
+    ]
+    assert [s.documents for s in shards] == [2, 3, 2, 3, 2]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_huge_document_stays_within_memory(tmp_path: Path, tiktoken_cache: Path, workers: int) -> None:
+    page = "The quick brown fox, 1234 times, jumps over the lazy dog\nand sees another fox. \0 \ud800 end\n"
+    rows = [{"text": page * 580_000}, {"text": ""}, {"text": "\ud83d"}, {"text": "\0"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert (tmp_path / "a.jsonl").stat().st_size > 50e6
+    code = (
+        "import resource, sys; from gpt2_xla.data.prepare import prepare_text; from gpt2_xla.config import PrepareConfig\n"
+        f"prepare_text(PrepareConfig(({str(tmp_path / 'a.jsonl')!r},), 'gpt2', {str(tmp_path / 'out')!r}, num_workers={workers}))\n"
+        "used = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]\n"
+        "print(sum(used), file=sys.stderr)"
+    )
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stderr.splitlines()[-1]) * 1024 < 1.5e9
+    train, valid = (manifests.read(tmp_path / "out" / split) for split in ("train", "valid"))
+    assert train.documents + valid.documents == 3
+    tail = open_shard(valid.paths(tmp_path / "out" / "valid")[-1])[-12:].tolist()
+    tokenizer = load_tokenizer("gpt2")
+    expected = [token for text in ("end\n", "\ufffd", "\0") for token in (*tokenizer.encode(text), 50256)]
+    assert tail[-len(expected) + 1 :] == expected[1:]
+
+
+# A crash at every step
+
+
+class Crash(BaseException):
+    """Stands for a kill, but runs the clean-up code, as Ctrl-C does."""
+
+
+@pytest.fixture
+def crash_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+    """Raise Crash before the state["left"]-th rename or deletion of a file."""
+    state = {"left": 10**9}
+    for name in ("replace", "rename", "unlink"):
+        original = getattr(Path, name)
+
+        def step(self: Path, *args, original=original, **options):
+            if not self.name.endswith(".tmp") or original.__name__ == "replace":
+                state["left"] -= 1
+                if state["left"] == 0:
+                    raise Crash
+            return original(self, *args, **options)
+
+        monkeypatch.setattr(Path, name, step)
+    return state
+
+
+def test_a_crash_at_any_step_is_continued(tmp_path: Path, crash_at: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 2000)
+    rows = [f"document {i} " * (i % 9 + 1) for i in range(160)]
+    pq.write_table(
+        pa.table({"text": rows, "id": list(map(str, range(160)))}), tmp_path / "a.parquet", row_group_size=20
+    )
+    config = FinewebConfig(str(tmp_path / "a.parquet"), tokenizer="bytes", num_workers=1, shard_size=3000)
+
+    def run(out: Path) -> dict[str, bytes]:
+        prepare.prepare_fineweb(replace(config, output_dir=str(out), dedup="exact", valid_tokens=1500))
+        return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
+
+    expected = run(tmp_path / "whole")
+    assert len(expected) > 4
+    steps = 0
+    while True:
+        steps += 1
+        crash_at["left"] = steps
+        try:
+            run(tmp_path / str(steps))
+        except Crash:
+            crash_at["left"] = 10**9
+            assert run(tmp_path / str(steps)) == expected, f"after a crash at step {steps}"
+        else:
+            break
+    assert steps > 30
+
+
+# What a person sees; where sources may be
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text("hello " * 1000)
+    prepare.prepare_text(text_config(tmp_path / "a.txt", tmp_path / "out", dry_run=True))
+    said = capsys.readouterr().out
+    assert "1 files, about 0.0 MB of text in 1 units" in said
+    assert "GB needed" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_disk_is_said_before_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("hello " * 1000)
+    monkeypatch.setattr(prepare_report, "disk_free", lambda folder: 100)
+    with pytest.raises(UserError, match=r"--output-dir .*: about 0.0 GB needed, 0.0 GB free; make room"):
+        prepare.prepare_text(text_config(tmp_path / "a.txt", tmp_path / "out"))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_addresses_are_read_through_fsspec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("text")
+    (tmp_path / "in" / "b.jsonl").write_text('{"text": "row"}\n')
+    pq.write_table(pa.table({"text": ["x", "y"]}), tmp_path / "in" / "c.parquet")
+    stream = [token for text in ("text", "row", "x", "y") for token in (*text.encode(), EOT)]
+    for workers in (1, 2):
+        out = tmp_path / f"out{workers}"
+        prepare.prepare_text(text_config(f"file://{tmp_path / 'in'}", out, num_workers=workers))
+        assert tokens_of(out / "train") == stream
+    for url, said in (("s3://bucket/x", "pip install s3fs"), ("gopher://x", "unknown kind of address gopher://")):
+        with pytest.raises(UserError, match=said):
+            prepare.prepare_text(text_config(url, tmp_path / "out3"))
+
+
+def test_peak_memory_is_measured_in_kilobytes() -> None:
+    """The memory test above relies on it."""
+    assert 10_000 < resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 20_000_000
