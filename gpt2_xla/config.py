@@ -54,7 +54,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 class DataConfig:
     """Data"""
 
-    train_dir: str | None = option(None, "folder of token shards to train on (from scripts/prepare_*.py)")
+    train_dir: tuple[str, ...] = option(
+        (),
+        "folders of token shards to train on (from scripts/prepare_*.py), each [NAME=]FOLDER[:WEIGHT], as in web=data/web/train:0.7 code=data/code/train:0.3; without weights each counts by its tokens",
+    )
     valid_dir: str | None = option(None, "folder of token shards to validate on; default: no validation")
     train_batch_size: int = option(32, "sequences per micro-step, over all replicas together")
     eval_batch_size: int = option(32, "sequences per validation step, over all replicas together")
