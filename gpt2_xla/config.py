@@ -285,6 +285,36 @@ class BenchConfig:
     bench: BenchOptions = BenchOptions()
 
 
+@dataclass(frozen=True)
+class BenchLoaderConfig:
+    """What to measure"""
+
+    seq_lengths: tuple[int, ...] = option((64, 256, 1024), "sequence lengths T to measure")
+    shards: int = option(100, "shards per folder, as sparse files in the temporary folder")
+    shard_size: int = option(100_000_000, "tokens per shard")
+    tokens_per_step: int = option(16_384, "tokens of one process's batch")
+    seek_step: int = option(1_000_000, "step at which reading starts")
+    seconds: float = option(2.0, "time to read for, before the same steps are read again and timed")
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Inspecting data"""
+
+    data: str | None = option(None, "folder of token shards, such as data/pydoc/train; may stand without its flag")
+    verify: bool = option(True, "compare the sha256 of every shard; --no-verify only lengths")
+    samples: int = option(3, "documents to decode and print")
+    top: int = option(25, "most frequent tokens to list")
+    seed: int = option(1337, "seed of the samples and of the documents compared")
+    output: str | None = option(None, "picture to write; default: FOLDER_tokens.png in the current folder")
+    tokenizer: str | None = option(None, "tokenizer to decode with; default: the one recorded in the manifest")
+    against: tuple[str, ...] = option(
+        (), "sources of the text, as prepare_text.py takes them: tokenize some of their documents and look for them"
+    )
+    against_documents: int = option(100, "documents of --against to compare")
+    text_column: str = option("text", "field of .jsonl and .parquet rows of --against that holds the text")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain JSON types (tuples become lists)."""
     return {

@@ -4,8 +4,10 @@ from gpt2_xla.cli import flags_of
 from gpt2_xla.config import (
     PRESETS,
     BenchConfig,
+    BenchLoaderConfig,
     FinewebConfig,
     GenerateConfig,
+    InspectConfig,
     PrepareConfig,
     TorchPretrainConfig,
     XlaPretrainConfig,
@@ -18,6 +20,8 @@ COMMANDS = {
     "scripts/prepare_fineweb.py": FinewebConfig,
     "generate.py": GenerateConfig,
     "scripts/bench.py": BenchConfig,
+    "scripts/bench_loader.py": BenchLoaderConfig,
+    "scripts/inspect_data.py": InspectConfig,
 }
 
 

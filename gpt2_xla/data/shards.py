@@ -166,6 +166,13 @@ class TokenStream:
                 done += count
             shard += 1
 
+    def chunks(self, size: int = 2**22) -> Iterator[tuple[int, np.ndarray]]:
+        """The whole stream in pieces of `size` tokens: the position of the first, and the tokens (n,) as int64."""
+        for start in range(0, len(self), size):
+            tokens = np.empty(min(size, len(self) - start), np.int64)
+            self.read_into(start, tokens)
+            yield start, tokens
+
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
         """The `length` tokens from each of stream positions (n,), as int64 (n, length). IndexError beyond the stream's end."""
         if len(starts) and (starts.min() < 0 or starts.max() + length > len(self)):
