@@ -58,7 +58,7 @@ def row_configs(bench: BenchConfig, folder: Path) -> Iterator[PretrainConfig]:
             common: dict[str, Any] = {
                 "model": model,
                 "data": DataConfig(
-                    train_dir=str(folder),
+                    train_dir=(str(folder),),
                     train_batch_size=options.train_batch_size,
                     gradient_accum_step=options.gradient_accum_step,
                 ),

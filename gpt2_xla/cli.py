@@ -38,7 +38,7 @@ class Flag:
     def help(self) -> str:
         """The line of --help: the option's text, with its default where the text does not tell it."""
         text = self.field.metadata["help"]
-        told = self.field.default is None or "default:" in text
+        told = self.field.default in (None, ()) or "default:" in text
         return text if told else f"{text} (default: {self.default_text})"
 
     @property
@@ -213,6 +213,8 @@ def replace_fields(config: Config, values: dict[str, Any]) -> Config:
 def from_dict(config_type: type[Config], saved: dict[str, Any]) -> Config:
     """The inverse of `config.to_dict`; fields that another entry point saved and this one lacks are left out.
 
+    What was saved when an option took one value only (text, or null for none) is read as a list of one, or none.
+
     Raises `UserError` for a value of the wrong type.
     """
     values = {}
@@ -220,6 +222,8 @@ def from_dict(config_type: type[Config], saved: dict[str, Any]) -> Config:
         group = saved.get(flag.group, {}) if flag.group else saved
         if isinstance(group, dict) and flag.key in group:
             value = group[flag.key]
+            if typing.get_origin(flag.type) is tuple and isinstance(value, str | None):
+                value = [] if value is None else [value]
             values[flag.key] = None if value is None else convert(value, flag.type, f"saved option {flag.key}")
     return replace_fields(config_type(), values)
 

@@ -54,7 +54,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 class DataConfig:
     """Data"""
 
-    train_dir: str | None = option(None, "folder of token shards to train on (from scripts/prepare_*.py)")
+    train_dir: tuple[str, ...] = option(
+        (),
+        "folders of token shards to train on (from scripts/prepare_*.py), each [NAME=]FOLDER[:WEIGHT], as in web=data/web/train:0.7 code=data/code/train:0.3; without weights each counts by its tokens",
+    )
     valid_dir: str | None = option(None, "folder of token shards to validate on; default: no validation")
     train_batch_size: int = option(32, "sequences per micro-step, over all replicas together")
     eval_batch_size: int = option(32, "sequences per validation step, over all replicas together")
@@ -308,6 +311,36 @@ class BenchConfig:
 
     model: ModelConfig = ModelConfig()
     bench: BenchOptions = BenchOptions()
+
+
+@dataclass(frozen=True)
+class BenchLoaderConfig:
+    """What to measure"""
+
+    seq_lengths: tuple[int, ...] = option((64, 256, 1024), "sequence lengths T to measure")
+    shards: int = option(100, "shards per folder, as sparse files in the temporary folder")
+    shard_size: int = option(100_000_000, "tokens per shard")
+    tokens_per_step: int = option(16_384, "tokens of one process's batch")
+    seek_step: int = option(1_000_000, "step at which reading starts")
+    seconds: float = option(2.0, "time to read for, before the same steps are read again and timed")
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Inspecting data"""
+
+    data: str | None = option(None, "folder of token shards, such as data/pydoc/train; may stand without its flag")
+    verify: bool = option(True, "compare the sha256 of every shard; --no-verify only lengths")
+    samples: int = option(3, "documents to decode and print")
+    top: int = option(25, "most frequent tokens to list")
+    seed: int = option(1337, "seed of the samples and of the documents compared")
+    output: str | None = option(None, "picture to write; default: FOLDER_tokens.png in the current folder")
+    tokenizer: str | None = option(None, "tokenizer to decode with; default: the one recorded in the manifest")
+    against: tuple[str, ...] = option(
+        (), "sources of the text, as prepare_text.py takes them: tokenize some of their documents and look for them"
+    )
+    against_documents: int = option(100, "documents of --against to compare")
+    text_column: str = option("text", "field of .jsonl and .parquet rows of --against that holds the text")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

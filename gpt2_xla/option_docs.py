@@ -4,9 +4,11 @@ from gpt2_xla.cli import flags_of
 from gpt2_xla.config import (
     PRESETS,
     BenchConfig,
+    BenchLoaderConfig,
     DataBenchConfig,
     FinewebConfig,
     GenerateConfig,
+    InspectConfig,
     PrepareConfig,
     TorchPretrainConfig,
     XlaPretrainConfig,
@@ -20,6 +22,8 @@ COMMANDS = {
     "generate.py": GenerateConfig,
     "scripts/bench.py": BenchConfig,
     "scripts/bench_data.py": DataBenchConfig,
+    "scripts/bench_loader.py": BenchLoaderConfig,
+    "scripts/inspect_data.py": InspectConfig,
 }
 
 

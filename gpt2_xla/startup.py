@@ -11,6 +11,7 @@ from gpt2_xla import checkpoint, cli
 from gpt2_xla.config import PretrainConfig
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.manifest import Manifest
+from gpt2_xla.data.train_dirs import parse_train_dirs
 from gpt2_xla.errors import UserError
 from gpt2_xla.validation import config_mistakes
 
@@ -125,32 +126,43 @@ def _shown(value: object) -> str:
 
 
 def _with_vocabulary(config: Config, mistakes: list[str]) -> Config:
-    """Read both manifests, note what is wrong with them, and take the vocabulary size from the tokenizer if none is given."""
-    found: dict[str, Manifest] = {}
-    run_trains = not config.run.do_test
-    if not run_trains:  # the training data may be gone by then
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, train_dir=None))
-    for flag, folder, needed in (
-        ("--train-dir", config.data.train_dir, run_trains),
-        ("--valid-dir", config.data.valid_dir, not run_trains),
-    ):
-        if folder is None:
-            if needed:
-                mistakes.append(
-                    f"{flag} is missing: a folder of token shards, for example from python scripts/prepare_text.py"
-                )
-            continue
+    """Read all manifests, note what is wrong with them, and take the vocabulary size from the tokenizer if none is given."""
+    if config.run.do_test:  # the training data may be gone by then
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, train_dir=()))
+    found: list[tuple[str, Manifest]] = []
+    for flag, folder in _data_folders(config, mistakes):
         try:
-            found[flag] = manifests.read(Path(folder))
+            found.append((f"{flag} {folder}", manifests.read(folder)))
         except UserError as error:
             mistakes += [f"{flag}: {mistake}" for mistake in error.mistakes]
-    hashes = {m.tokenizer_hash for m in found.values() if m.tokenizer_hash}
-    if len(hashes) > 1:
-        names = " and ".join(str(m.tokenizer) for m in found.values())
+    # The first folder of each tokenizer; one without a manifest may be of any.
+    tokenizers = {m.tokenizer_hash: (where, m.tokenizer) for where, m in reversed(found) if m.tokenizer_hash}
+    if len(tokenizers) > 1:
+        folders, names = zip(*reversed(tokenizers.values()), strict=True)
         mistakes.append(
-            f"--train-dir and --valid-dir were prepared with different tokenizers: {names}; prepare them together"
+            f"{' and '.join(folders)} were prepared with different tokenizers: {' and '.join(map(str, names))}; "
+            "prepare them with one"
         )
     if config.model.vocab_size is not None:
         return config
-    sizes = [m.vocab_size for m in found.values() if m.vocab_size]
+    sizes = [m.vocab_size for _, m in found if m.vocab_size]
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=max(sizes, default=None)))
+
+
+def _data_folders(config: PretrainConfig, mistakes: list[str]) -> list[tuple[str, Path]]:
+    """The folders that the options name, each with its flag; notes what is wrong with the options."""
+    folders: list[tuple[str, Path]] = []
+    try:
+        folders += [("--train-dir", one.folder) for one in parse_train_dirs(config.data.train_dir)]
+    except UserError as error:
+        mistakes += error.mistakes
+    if config.data.valid_dir is not None:
+        folders.append(("--valid-dir", Path(config.data.valid_dir)))
+    needed, given = (
+        ("--valid-dir", config.data.valid_dir) if config.run.do_test else ("--train-dir", config.data.train_dir)
+    )
+    if not given:
+        mistakes.append(
+            f"{needed} is missing: a folder of token shards, for example from python scripts/prepare_text.py"
+        )
+    return folders

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from gpt2_xla.config import PretrainConfig
 from gpt2_xla.data.pretraining import PretrainingData
+from gpt2_xla.data.training_set import TrainingSet
 from gpt2_xla.model import flops_per_token
 
 
@@ -36,6 +37,8 @@ def summary(config: PretrainConfig, data: PretrainingData, parameters: int, mach
         ),
         ("run folder", run.checkpoints_dir),
     ]
+    if data.train is not None and len(data.train.sources) > 1:
+        rows.insert(4, ("mixture", _mixture(data.train)))
     if run.from_checkpoint:
         rows.append(("checkpoint", str(Path(run.from_checkpoint))))
     return "\n".join(f"  {name:<11} {text}" for name, text in rows)
@@ -61,7 +64,17 @@ def _tokens(data: PretrainingData) -> str:
     return ", ".join(f"{windows.tokens:,} {name} tokens" for name, windows in parts if windows is not None)
 
 
+def _mixture(train: TrainingSet) -> str:
+    pairs = zip(train.sources, train.shares.values(), strict=True)
+    return ", ".join(f"{share:.2%} {one.name} ({one.windows.tokens:,} tokens)" for one, share in pairs)
+
+
 def _epochs(config: PretrainConfig, data: PretrainingData) -> str:
     if data.train is None:
         return ""
-    return f", {config.run.train_steps * config.sequences_per_step / len(data.train):.2f} epochs"
+    return f", {epochs_text(data.train.epochs(config.run.train_steps * config.sequences_per_step))}"
+
+
+def epochs_text(epochs: dict[str, float]) -> str:
+    """Epochs by source, in words."""
+    return ", ".join(f"{count:.2f} epochs of {name}" for name, count in epochs.items())

@@ -17,7 +17,7 @@ from gpt2_xla.metrics import Metrics, open_metrics
 from gpt2_xla.model import GPT, build_model, flops_per_token, parameter_count
 from gpt2_xla.runtime.base import Runtime
 from gpt2_xla.schedule import learning_rate
-from gpt2_xla.summary import summary
+from gpt2_xla.summary import epochs_text, summary
 from gpt2_xla.training_log import TrainingLog
 
 TOKENIZER_FOLDER = "tokenizer"  # in the run folder: files of a Hugging Face tokenizer, copied into each checkpoint
@@ -103,8 +103,10 @@ def train(run: Run) -> None:
     if run.step >= total_steps:
         run.metrics.say(f"all {total_steps} steps are done; a larger --train-steps goes on")
         return
+    assert run.data.train is not None
     runtime.watch_signals()
-    log = TrainingLog(config, runtime, run.metrics, flops_per_token(config.model, parameter_count(run.model)))
+    flops = flops_per_token(config.model, parameter_count(run.model))
+    log = TrainingLog(config, runtime, run.metrics, flops, run.data.train.epochs)
     batches = runtime.batches(run.data.training(run.samples, total_steps - run.step))
     run.forward.train()
     stopped = False
@@ -115,7 +117,7 @@ def train(run: Run) -> None:
             runtime.end_step()
             run.step += 1
             run.samples += config.sequences_per_step
-            log.step_done(run.step, run.samples * config.model.seq_length)
+            log.step_done(run.step, run.samples)
             validate_now = run.data.valid is not None and _due(config.run.valid_interval, run.step, total_steps)
             if validate_now or _due(config.run.save_interval, run.step, total_steps):
                 log.pause()
@@ -126,6 +128,7 @@ def train(run: Run) -> None:
     finally:
         batches.close()
     log.pause()
+    run.metrics.say(f"trained on {epochs_text(run.data.train.epochs(run.samples))}")
     if stopped and run.step == 0:
         run.metrics.say("stopped before the first step: there is nothing to save or to resume")
     elif stopped:
@@ -189,7 +192,7 @@ def save(run: Run, valid_loss: float | None) -> None:
         config=to_dict(run.config),
         valid_loss=valid_loss if valid_loss is not None and math.isfinite(valid_loss) else None,
         best_valid_loss=run.best_valid_loss if math.isfinite(run.best_valid_loss) else None,
-        data_fingerprint=manifest.fingerprint,
+        data_fingerprint=run.data.fingerprint,
         tokenizer=manifest.tokenizer,
         tokenizer_hash=manifest.tokenizer_hash,
         scaler=run.runtime.scaler_state(),
@@ -217,7 +220,7 @@ def _changed_order(run: Run, state: checkpoint.TrainerState) -> list[str]:
     """What differs from the checkpoint's run in the things that decide the batches to come."""
     saved, config = state.config, run.config
     pairs = [
-        ("the training data", state.data_fingerprint, run.data.manifest.fingerprint),
+        ("the training data", state.data_fingerprint, run.data.fingerprint),
         ("--seed", saved.get("run", {}).get("seed"), config.run.seed),
         ("--shuffle", saved.get("data", {}).get("shuffle"), config.data.shuffle),
     ]

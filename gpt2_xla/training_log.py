@@ -18,8 +18,8 @@ class _Pending:
     """A window whose sums are on their way to the host."""
 
     step: int  # the window's last step
-    tokens: int  # seen by the run so far
     steps: int
+    samples: int  # sequences consumed by then
     read: Callable[[], list[float]]
     input_wait: float  # seconds
 
@@ -27,9 +27,17 @@ class _Pending:
 class TrainingLog:
     """Writes a record every --log-interval steps, one step late: by then the device has long computed the window."""
 
-    def __init__(self, config: PretrainConfig, runtime: Runtime, metrics: Metrics, flops_per_token: float) -> None:
+    def __init__(
+        self,
+        config: PretrainConfig,
+        runtime: Runtime,
+        metrics: Metrics,
+        flops_per_token: float,
+        epochs: Callable[[int], dict[str, float]],  # of each source, after that many samples
+    ) -> None:
         self._config, self._runtime, self._metrics = config, runtime, metrics
         self._flops_per_token = flops_per_token
+        self._epochs = epochs
         # Copied, not computed, and never written to: a sum that starts from it is one and the same graph every time.
         self._zero = torch.zeros(2).to(runtime.device)
         self._sum, self._steps, self._input_wait = self._zero, 0, 0.0
@@ -47,14 +55,14 @@ class TrainingLog:
         """Add a step's [loss, gradient norm]; queued with the step's work."""
         self._sum = self._sum + values
 
-    def step_done(self, step: int, tokens: int) -> None:
-        """Call when optimizer step number `step` (counted from 1) has been launched; `tokens` is the run's count so far."""
+    def step_done(self, step: int, samples: int) -> None:
+        """Call when optimizer step number `step` (counted from 1) has been launched, `samples` sequences into the run."""
         self._write_pending()
         self._steps += 1
         self._metrics.advance(step)
         if step % self._config.logging.log_interval == 0 or step == self._config.run.train_steps:
             read = self._runtime.fetch_later(self._sum)
-            self._pending = _Pending(step, tokens, self._steps, read, self._input_wait)
+            self._pending = _Pending(step, self._steps, samples, read, self._input_wait)
             self._sum, self._steps, self._input_wait = self._zero, 0, 0.0
 
     def pause(self) -> None:
@@ -84,7 +92,7 @@ class TrainingLog:
                 "loss": loss,
                 "grad_norm": norm,
                 "learning_rate": learning_rate(window.step - 1, config.optim, config.run.train_steps),
-                "tokens": window.tokens,
+                "tokens": window.samples * config.model.seq_length,
                 "tokens_per_second": tokens_per_second,
                 "step_seconds": seconds / window.steps,
                 "input_wait": window.input_wait / seconds,
@@ -92,5 +100,6 @@ class TrainingLog:
                 "compiles": compiles.count,
                 "compile_seconds": compiles.seconds,
                 "peak_memory_bytes": self._runtime.peak_memory(),
+                **{f"epochs/{name}": epochs for name, epochs in self._epochs(window.samples).items()},
             }
         )

@@ -57,7 +57,7 @@ def test_every_option_is_one_flag_with_help(config_type):
         assert name in page
         if isinstance(field.default, bool):
             assert actions["--no-" + name[2:]] is actions[name]
-        elif field.default is not None and "default:" not in field.metadata["help"]:
+        elif field.default not in (None, ()) and "default:" not in field.metadata["help"]:
             shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
             assert f"(default: {shown})" in re.sub(r"\s+", " ", actions[name].help)
 

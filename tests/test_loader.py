@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt2_xla.config import BenchLoaderConfig
+from gpt2_xla.data import loader, loader_benchmark, shards
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.loader import (
     TokenWindows,
@@ -22,6 +24,7 @@ from gpt2_xla.data.loader import (
     training_batches,
     valid_data_mistakes,
 )
+from gpt2_xla.data.loader_benchmark import write_sparse_folder
 from gpt2_xla.data.permutation import permute
 from gpt2_xla.errors import UserError
 
@@ -244,11 +247,90 @@ def test_mistakes_of_the_data_state_the_numbers(tmp_path: Path) -> None:
 def test_shards_cut_short_are_found_when_opened(tmp_path: Path) -> None:
     windows = make_windows(tmp_path, [100, 100], 8)
     (tmp_path / "s_01.npy").open("r+b").truncate(200)
-    shards = tuple(manifests.ShardEntry(f"s_{i:02d}.npy", 100) for i in range(2))
+    entries = tuple(manifests.ShardEntry(f"s_{i:02d}.npy", 100) for i in range(2))
     with pytest.raises(UserError, match=r"s_01.npy holds 200 bytes, its header promises"):
-        TokenWindows(tmp_path, manifests.Manifest("train", "uint32", 200, shards), 8)
+        TokenWindows(tmp_path, manifests.Manifest("train", "uint32", 200, entries), 8)
     with pytest.raises(UserError, match="has become shorter"):
         batches(windows)
+
+
+def test_a_shard_that_shrinks_or_goes_while_training_is_named(tmp_path: Path) -> None:
+    for name, damage in (
+        ("cut", lambda path: path.open("r+b").truncate(200)),
+        ("gone", lambda path: path.unlink()),
+    ):
+        (tmp_path / name).mkdir()
+        windows = make_windows(tmp_path / name, [100, 100], 8)
+        damage(tmp_path / name / "s_01.npy")
+        with pytest.raises(UserError, match=r"s_01.npy (has become shorter|can't be read: No such file)"):
+            batches(windows)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=9),
+    length=st.integers(1, 12),
+    open_files=st.integers(1, 9),
+    data=st.data(),
+)
+@settings(max_examples=80, deadline=None)
+def test_gathering_equals_reading_one_by_one(
+    tmp_path_factory: TEMPORARY, lengths: list[int], length: int, open_files: int, data: st.DataObject
+) -> None:
+    lengths.append(length)
+    windows = make_windows(tmp_path_factory.mktemp("w"), lengths, 1)
+    places = st.lists(st.integers(0, sum(lengths) - length), max_size=20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "MAX_OPEN_FILES", open_files)
+        for _ in range(2):
+            starts = np.array(data.draw(places), np.int64)
+            assert np.array_equal(windows.stream.gather(starts, length), starts[:, None] + np.arange(length))
+            assert len(windows.stream._files) <= open_files
+    for beyond in (-1, sum(lengths) - length + 1):
+        with pytest.raises(IndexError):
+            windows.stream.gather(np.array([beyond]), length)
+
+
+def test_shards_of_two_byte_orders_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros(9, "<u2"))
+    np.save(tmp_path / "b.npy", np.zeros(9, ">u2"))
+    with pytest.raises(UserError, match="mix <u2 and >u2"):
+        TokenWindows(tmp_path, manifests.read(tmp_path), 2)
+
+
+@pytest.mark.parametrize("together", [1, 100, 2**18])
+def test_reading_several_steps_together_changes_no_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    windows = make_windows(tmp_path, [200, 91], 5)
+    expected = [windows.rows(np.arange(8) + 8 * s, seed=7, shuffle=True, vocab_size=2**32) for s in range(3, 20)]
+    monkeypatch.setattr(loader, "TOKENS_READ_TOGETHER", together)
+    found = batches(windows, first_sample=24, steps=17)
+    assert np.array_equal(np.array(expected), torch.stack(found).flatten(1, 2).numpy())
+
+
+def test_a_hundred_large_shards_open_and_seek_at_once(tmp_path: Path) -> None:
+    write_sparse_folder(tmp_path / "data", 100, 100_000_000)  # takes no room on the disk
+    before = time.perf_counter()
+    windows = TokenWindows(tmp_path / "data", manifests.read(tmp_path / "data"), 1024)
+    assert time.perf_counter() - before < 2
+    assert windows.tokens == 10**10
+    for first_sample in (0, 512 * 10**6):  # the second only is timed: the first calls load code
+        before = time.perf_counter()
+        (batch,) = batches(windows, first_sample=first_sample, steps=1)
+    assert time.perf_counter() - before < 0.5  # 5 ms, where nothing else runs
+    assert batch.shape == (2, 4, 1025)
+
+
+def test_the_loader_benchmark_measures_every_row(tmp_path: Path) -> None:
+    config = BenchLoaderConfig(
+        seq_lengths=(16,), shards=2, shard_size=10_000, tokens_per_step=64, seek_step=9, seconds=0.05
+    )
+    rows = loader_benchmark.bench(config)
+    assert [(row.seq_length, row.folders) for row in rows] == [(16, 1), (16, 2)]
+    assert all(row.tokens_per_second > 1000 for row in rows)
+    assert loader_benchmark.table(rows).count("| 16 |") == 2
+    with pytest.raises(UserError, match=r"--shards 0 must be at least 1\n--seq-lengths -1 must"):
+        loader_benchmark.bench(BenchLoaderConfig(shards=0, seq_lengths=(-1,)))
 
 
 def prefetch_threads() -> list[threading.Thread]:

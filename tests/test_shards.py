@@ -88,6 +88,17 @@ def test_stream_keeps_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert len(stream._files) <= 2
 
 
+def test_a_file_in_use_is_not_the_one_that_makes_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "MAX_OPEN_FILES", 2)
+    manifest = make_folder(tmp_path / "d", [3] * 3)
+    stream = TokenStream(manifest.paths(tmp_path / "d"))
+    for shard in (0, 1):
+        stream.read_into(3 * shard, np.empty(3, np.int64))
+    # Shard 0 was opened first, but it is needed together with shard 2: shard 1 has to go.
+    expected = [np.load(stream.paths[shard]).tolist() for shard in (0, 2)]
+    assert stream.gather(np.array([0, 6]), 3).tolist() == expected
+
+
 def test_stream_notices_a_shard_that_shrinks_under_it(tmp_path: Path) -> None:
     manifest = make_folder(tmp_path / "d", [100])
     stream = TokenStream(manifest.paths(tmp_path / "d"))

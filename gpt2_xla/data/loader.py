@@ -10,7 +10,7 @@ import queue
 import threading
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from gpt2_xla.data.shards import TokenStream
 from gpt2_xla.errors import UserError
 
 IGNORED_TARGET = -100  # torch's ignore_index
+TOKENS_READ_TOGETHER = 2**18  # 2 MiB of batches
 Item = TypeVar("Item")
 
 
@@ -67,6 +68,18 @@ class TokenWindows:
         """Fill `out` (n,) with the n tokens from stream position `start`."""
         self.stream.read_into(start, out)
 
+    def rows(self, samples: np.ndarray, *, seed: int, shuffle: bool, vocab_size: int) -> np.ndarray:
+        """The T+1 tokens of each of samples (n,), as int64 (n, T+1).
+
+        Raises UserError for fewer than T+1 tokens, for a token >= vocab_size and for a shard that can't be read.
+        """
+        if len(self) == 0:
+            raise UserError(f"data folder {self.folder} holds {self.tokens} tokens, fewer than --seq-length + 1")
+        starts = self.starts(samples, seed, shuffle)
+        rows = self.stream.gather(starts, self.seq_length + 1)
+        self.check_vocabulary(rows, starts, vocab_size)
+        return rows
+
     def check_vocabulary(self, rows: np.ndarray, starts: np.ndarray, vocab_size: int) -> None:
         """UserError if a row (n, length) read at `starts` (n,) holds an id that the model has no embedding for."""
         if rows.size == 0 or int(rows.max()) < vocab_size:
@@ -86,20 +99,25 @@ def windows_per_epoch(tokens: int, seq_length: int) -> int:
 
 
 def train_data_mistakes(
-    folder: Path, manifest: Manifest, *, seq_length: int, batch_size: int, vocab_size: int
+    folder: Path, manifest: Manifest, *, seq_length: int, batch_size: int, vocab_size: int, taken: int | None = None
 ) -> list[str]:
-    """What is wrong with training on a folder, as sentences: too few tokens, too large a vocabulary."""
+    """What is wrong with training on a folder, as sentences: too few tokens, too large a vocabulary.
+
+    `taken` is the number of sequences that a batch takes from this folder; default: all of them.
+    """
     mistakes = valid_data_mistakes(folder, manifest, vocab_size=vocab_size, flag="--train-dir")
     windows = windows_per_epoch(manifest.tokens, seq_length)
+    taken = batch_size if taken is None else taken
     if manifest.tokens <= seq_length:
         mistakes.append(
             f"--train-dir {folder} holds {manifest.tokens} tokens, but --seq-length {seq_length} needs at least "
             f"{seq_length + 1}; lower --seq-length or prepare more text"
         )
-    elif windows < batch_size:
+    elif windows < taken:
+        share = "" if taken == batch_size else f" takes of it ({taken})"
         mistakes.append(
             f"--train-dir {folder} holds {manifest.tokens} tokens, that is {windows} sequences of --seq-length {seq_length}, "
-            f"fewer than one batch of --train-batch-size {batch_size}; lower one of the two or prepare more text"
+            f"fewer than one batch of --train-batch-size {batch_size}{share}; lower one of the two or prepare more text"
         )
     return mistakes
 
@@ -117,8 +135,18 @@ def valid_data_mistakes(folder: Path, manifest: Manifest, *, vocab_size: int, fl
     return mistakes
 
 
+class Samples(Protocol):
+    """A numbered sequence of training samples: a folder's windows, or a mixture of several folders'."""
+
+    seq_length: int
+
+    def rows(self, samples: np.ndarray, *, seed: int, shuffle: bool, vocab_size: int) -> np.ndarray:
+        """The T+1 tokens of each of samples (n,), as int64 (n, T+1); a pure function of its arguments."""
+        ...
+
+
 def training_batches(
-    windows: TokenWindows,
+    source: Samples,
     *,
     seed: int,
     shuffle: bool,
@@ -133,22 +161,18 @@ def training_batches(
     """One int64 tensor (A, B/world_size, T+1) per optimizer step, `steps` of them; A = micro_steps, B = batch_size.
 
     Step s takes the A*B samples from `first_sample + s*A*B`; micro-step m the m-th B of them, rank r the r-th contiguous
-    B/world_size of those. Starting at a later `first_sample` costs nothing.
-    Raises UserError for fewer than T+1 tokens, for a token >= vocab_size and for a shard that can't be read.
+    B/world_size of those. Starting at a later `first_sample` costs nothing. Raises UserError as `source.rows` does.
     """
     rows_per_rank = _rows_per_rank(batch_size, rank, world_size)
-    if len(windows) == 0:
-        raise UserError(f"data folder {windows.folder} holds {windows.tokens} tokens, fewer than --seq-length + 1")
     # (A, B/world_size): this rank's samples of step 0, counted from the step's first
     own = np.arange(micro_steps)[:, None] * batch_size + rank * rows_per_rank + np.arange(rows_per_rank)
-    for step in range(steps):
-        samples = first_sample + step * micro_steps * batch_size + own.ravel()
-        starts = windows.starts(samples, seed, shuffle)
-        rows = np.empty((len(samples), windows.seq_length + 1), np.int64)
-        for row, start in zip(rows, starts.tolist(), strict=True):
-            windows.read(start, row)
-        windows.check_vocabulary(rows, starts, vocab_size)
-        yield torch.from_numpy(rows).view(micro_steps, rows_per_rank, -1)
+    # Small steps are read several at a time: a call of numpy costs as much for 10 samples as for 1,000.
+    together = max(1, TOKENS_READ_TOGETHER // (own.size * (source.seq_length + 1)))
+    for step in range(0, steps, together):
+        firsts = first_sample + np.arange(step, min(step + together, steps)) * micro_steps * batch_size
+        samples = firsts[:, None] + own.ravel()  # (steps read together, A*B/world_size)
+        rows = source.rows(samples.ravel(), seed=seed, shuffle=shuffle, vocab_size=vocab_size)
+        yield from torch.from_numpy(rows).view(len(firsts), micro_steps, rows_per_rank, -1)
 
 
 def evaluation_batches(

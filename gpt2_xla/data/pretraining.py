@@ -1,4 +1,4 @@
-"""The two data folders of a training run, opened and checked: what the loop asks for batches."""
+"""The data folders of a training run, opened and checked: what the loop asks for batches."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,14 +8,10 @@ from torch import Tensor
 
 from gpt2_xla.config import PretrainConfig
 from gpt2_xla.data import manifest as manifests
-from gpt2_xla.data.loader import (
-    TokenWindows,
-    evaluation_batches,
-    train_data_mistakes,
-    training_batches,
-    valid_data_mistakes,
-)
+from gpt2_xla.data.loader import TokenWindows, evaluation_batches, training_batches, valid_data_mistakes
 from gpt2_xla.data.manifest import Manifest
+from gpt2_xla.data.train_dirs import parse_train_dirs
+from gpt2_xla.data.training_set import TrainingSet, TrainingSource
 from gpt2_xla.errors import UserError
 from gpt2_xla.tokenizer import load_tokenizer
 from gpt2_xla.validation import replica_mistakes
@@ -25,41 +21,57 @@ FULL_CHECK_BELOW = 2**30  # bytes; sha256 takes about a second per GiB
 
 @dataclass(frozen=True)
 class PretrainingData:
-    """Training and validation windows of one replica; None for a folder that was not given."""
+    """Training and validation windows of one replica; None where no folder was given."""
 
     config: PretrainConfig
     rank: int
     world_size: int
-    train: TokenWindows | None
+    train: TrainingSet | None
     valid: TokenWindows | None
-    manifest: Manifest  # of the training data; of the validation data where there is only that
+    manifest: Manifest  # what the folders say of the tokenizer: that of the first one that names its tokenizer
+    fingerprint: str  # of all that decides the training batches; of the validation data where there is only that
     checked: str  # how the shards were checked, for the summary
 
     @classmethod
     def open(cls, config: PretrainConfig, rank: int, world_size: int) -> "PretrainingData":
         """Open and check the folders; raises one `UserError` with all that is wrong with them."""
         mistakes = replica_mistakes(config, world_size)
-        windows: dict[str, TokenWindows] = {}
-        found: dict[str, Manifest] = {}
-        hashed = True
-        for split, folder in (("train", config.data.train_dir), ("valid", config.data.valid_dir)):
-            if folder is None:
-                continue
+        opened: list[_Opened] = []
+
+        def open_folder(folder: Path) -> _Opened | None:
             try:
-                manifest = found[split] = manifests.read(Path(folder))
-                mistakes += _data_mistakes(config, split, Path(folder), manifest)
-                full = _check_fully(config, manifest)
-                hashed &= full and all(shard.sha256 for shard in manifest.shards)
-                # One process hashes; the others would only read the same bytes again.
-                manifests.verify(Path(folder), manifest, full=full and rank == 0)
-                windows[split] = TokenWindows(Path(folder), manifest, config.model.seq_length)
+                opened.append(_open(config, folder, rank))
             except UserError as error:
-                mistakes += error.mistakes
+                mistakes.extend(error.mistakes)
+                return None
+            return opened[-1]
+
+        dirs = parse_train_dirs(config.data.train_dir)
+        sources = [
+            TrainingSource(one.name, one.weight, found.manifest, found.windows)
+            for one in dirs
+            if (found := open_folder(one.folder)) is not None
+        ]
+        valid = open_folder(Path(config.data.valid_dir)) if config.data.valid_dir is not None else None
+        train = TrainingSet(sources) if sources and len(sources) == len(dirs) else None
+        vocabulary = config.model.vocabulary
+        if train is not None:
+            mistakes += train.mistakes(config.data.train_batch_size, vocabulary)
+        if valid is not None:
+            mistakes += valid_data_mistakes(valid.windows.folder, valid.manifest, vocab_size=vocabulary)
         if mistakes:
             raise UserError(mistakes)
-        manifest = found.get("train") or found["valid"]
-        checked = "sha256 checked" if hashed else "lengths checked"
-        return cls(config, rank, world_size, windows.get("train"), windows.get("valid"), manifest, checked)
+        all_full = all(one.full for one in opened)
+        return cls(
+            config,
+            rank,
+            world_size,
+            train,
+            valid.windows if valid is not None else None,
+            manifest=next((one.manifest for one in opened if one.manifest.tokenizer_hash), opened[0].manifest),
+            fingerprint=train.fingerprint if train is not None else opened[0].manifest.fingerprint,
+            checked="sha256 checked" if all_full else "lengths checked",
+        )
 
     def training(self, first_sample: int, steps: int) -> Iterator[Tensor]:
         """This replica's batches (A, B, T+1) of `steps` optimizer steps from sample number `first_sample` on."""
@@ -116,12 +128,23 @@ class PretrainingData:
         tokenizer.save(folder)
 
 
-def _data_mistakes(config: PretrainConfig, split: str, folder: Path, manifest: Manifest) -> list[str]:
-    vocabulary = config.model.vocabulary
-    if split == "valid":
-        return valid_data_mistakes(folder, manifest, vocab_size=vocabulary)
-    length, batch = config.model.seq_length, config.data.train_batch_size
-    return train_data_mistakes(folder, manifest, seq_length=length, batch_size=batch, vocab_size=vocabulary)
+@dataclass(frozen=True)
+class _Opened:
+    """A data folder that was checked."""
+
+    manifest: Manifest
+    windows: TokenWindows
+    full: bool  # whether its contents were compared
+
+
+def _open(config: PretrainConfig, folder: Path, rank: int) -> _Opened:
+    """Raises `UserError` with all that is wrong with the shards."""
+    manifest = manifests.read(folder)
+    full = _check_fully(config, manifest)
+    # One process hashes; the others would only read the same bytes again.
+    manifests.verify(folder, manifest, full=full and rank == 0)
+    hashed = full and all(shard.sha256 for shard in manifest.shards)
+    return _Opened(manifest, TokenWindows(folder, manifest, config.model.seq_length), hashed)
 
 
 def _check_fully(config: PretrainConfig, manifest: Manifest) -> bool:

@@ -1,0 +1,87 @@
+"""Whether shards hold what a text tokenizes to: documents of a source, tokenized again and looked for."""
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from gpt2_xla.config import InspectConfig
+from gpt2_xla.data.documents import read_unit
+from gpt2_xla.data.inputs import text_inputs
+from gpt2_xla.data.shards import TokenStream
+from gpt2_xla.data.units import Columns, plan_units
+from gpt2_xla.errors import UserError
+from gpt2_xla.tokenizer import Tokenizer
+
+
+def compare(config: InspectConfig, stream: TokenStream, tokenizer: Tokenizer, end_of_text: int) -> str:
+    """Tokenize --against-documents documents of --against again and look for them between end-of-texts; a sentence.
+
+    A source is usually split into train/ and valid/, so some documents may be elsewhere. Raises `UserError` if none is here.
+    """
+    wanted: dict[bytes, str] = {}
+    lengths: set[int] = set()
+    for text in _sample(config):
+        tokens = np.array(tokenizer.encode(text), np.int64)
+        wanted.setdefault(_digest(tokens), text)
+        lengths.add(len(tokens))
+    if not wanted:
+        raise UserError(f"--against {' '.join(config.against)} holds no documents")
+    missing = dict(wanted)
+    with tqdm(total=len(stream), desc="comparing", unit="token", unit_scale=True, leave=False) as bar:
+        for start, stop in _documents(stream, end_of_text, bar):
+            if stop - start in lengths:  # only these need to be read again
+                tokens = np.empty(stop - start, np.int64)
+                stream.read_into(start, tokens)
+                missing.pop(_digest(tokens), None)
+            if not missing:
+                break
+    found = len(wanted) - len(missing)
+    if not found:
+        first = next(iter(missing.values()))
+        raise UserError(
+            f"none of {len(wanted)} documents of --against {' '.join(config.against)} is in the shards, tokenized by "
+            f"{tokenizer.name}; the first begins {first[:60]!r}: is this the source that they were prepared from?"
+        )
+    text = f"  compared      {found} of {len(wanted)} documents of {' '.join(config.against)} are here, token for token"
+    if missing:
+        first = next(iter(missing.values()))
+        text += (
+            f"\n                not here (perhaps in the other split): {len(missing)}; the first begins {first[:60]!r}"
+        )
+    return text
+
+
+def _sample(config: InspectConfig) -> list[str]:
+    """Documents drawn at random from the whole source, each equally likely, in one pass (reservoir sampling)."""
+    kept: list[str] = []
+    rng = np.random.default_rng(config.seed)
+    for number, text in enumerate(_texts(config)):
+        if number < config.against_documents:
+            kept.append(text)
+        elif (place := int(rng.integers(number + 1))) < config.against_documents:
+            kept[place] = text
+    return kept
+
+
+def _texts(config: InspectConfig) -> Iterator[str]:
+    """The documents of --against, whole and in order, as preparing reads them."""
+    columns = Columns(config.text_column)
+    for unit in plan_units(text_inputs(config.against), columns, skip_bad=False).units:
+        for batch in read_unit(unit, columns):
+            yield from (text.decode() for text in batch.texts)
+
+
+def _documents(stream: TokenStream, end_of_text: int, bar: tqdm) -> Iterator[tuple[int, int]]:
+    """Where each document starts and ends in the stream, its end-of-text left out."""
+    first = 0
+    for start, tokens in stream.chunks():
+        for end in (np.flatnonzero(tokens == end_of_text) + start).tolist():
+            yield first, end
+            first = end + 1
+        bar.update(len(tokens))
+
+
+def _digest(tokens: np.ndarray) -> bytes:
+    return hashlib.blake2b(tokens.astype("<i8").tobytes(), digest_size=16).digest()
