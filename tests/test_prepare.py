@@ -271,17 +271,22 @@ def test_killed_run_leaves_no_processes_and_refuses_another_source(tmp_path: Pat
     with pytest.raises(UserError, match=r"unfinished work of another command: --source was .*in'\], is .*b.txt"):
         prepare.prepare_text(other)
     same = config_for(tmp_path / "in", tmp_path / "out")
-    for options, said in (
-        ({"shard_size": 9}, "--shard-size was 100000000, is 9"),
-        ({"tokenizer": "gpt2"}, "--tokenizer was bytes, is gpt2"),
-    ):
-        with pytest.raises(UserError, match=said):
-            prepare.prepare_text(replace(same, **options))
+    with pytest.raises(UserError, match="--shard-size was 100000000, is 9"):
+        prepare.prepare_text(replace(same, shard_size=9))
     (tmp_path / "in" / "7.txt").unlink()
     (tmp_path / "in" / "7.txt").write_text("changed")
     (tmp_path / "in" / "8.txt").unlink()
     with pytest.raises(UserError, match=r"input in/7.txt has changed \(.* bytes, now 7\); input in/8.txt is gone"):
         prepare.prepare_text(same)
+
+
+@pytest.mark.usefixtures("tiktoken_cache")
+def test_unfinished_work_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    process, _ = start_long_run(tmp_path)
+    process.kill()
+    process.communicate(timeout=40)
+    with pytest.raises(UserError, match="--tokenizer was bytes, is gpt2"):
+        prepare.prepare_text(replace(config_for(tmp_path / "in", tmp_path / "out"), tokenizer="gpt2"))
 
 
 def test_a_dying_worker_ends_the_run_with_one_sentence(tmp_path: Path) -> None:
