@@ -46,7 +46,7 @@ def test_losses_agree_with_float32_on_the_cpu(flags, tolerance, tmp_path, text_d
 def test_a_step_never_waits_for_the_device(precision, text_data, tmp_path):
     config = TorchPretrainConfig(
         ModelConfig(257, 32, 64, 2, 2, dropout=0.1),
-        DataConfig(f"{text_data}/train", train_batch_size=4, gradient_accum_step=2),
+        DataConfig((f"{text_data}/train",), train_batch_size=4, gradient_accum_step=2),
         OptimConfig(warmup_steps=5),
         RunConfig(train_steps=40, checkpoints_dir=str(tmp_path)),
         runtime=TorchConfig(mixed_precision=precision, device="cuda"),
@@ -55,7 +55,7 @@ def test_a_step_never_waits_for_the_device(precision, text_data, tmp_path):
     model = build_model(config.model, 64, 1)
     data = PretrainingData.open(config, 0, 1)
     training = Run(config, runtime, data, model, runtime.place(model), runtime.build_optimizer(model, config.optim))
-    log = TrainingLog(config, runtime, training.metrics, 1.0)
+    log = TrainingLog(config, runtime, training.metrics, 1.0, data.train.epochs)
     batches = runtime.batches(data.training(0, 40))
     for step in range(40):
         if step == 5:

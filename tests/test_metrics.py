@@ -7,6 +7,8 @@ import os
 import re
 import struct
 from pathlib import Path
+from threading import Event
+from time import monotonic
 
 import numpy as np
 import pytest
@@ -224,9 +226,11 @@ def test_wandb_offline_keeps_the_run_and_a_resume_continues_it(train, monkeypatc
     assert identity
     assert offline.name.endswith(identity)
     (log,) = offline.glob("*.wandb")
-    content = log.read_bytes()
-    for part in (b"train/loss", b"valid/loss", b"learning_rate", b"a note"):
-        assert part in content
+    parts, pause, deadline = (b"train/loss", b"valid/loss", b"learning_rate", b"a note"), Event(), monotonic() + 30
+    # A process of W&B's own writes the file, and may still be at it.
+    while not all(part in log.read_bytes() for part in parts) and monotonic() < deadline:
+        pause.wait(0.1)
+    assert [part for part in parts if part not in log.read_bytes()] == []
     train("run", "--wandb-logging", "--resume", "--train-steps", 5)
     assert checkpoint.read_state(folder / "step-00000005").wandb_id == identity
     assert {path.name.rpartition("-")[2] for path in (folder / "wandb").glob("offline-run-*")} == {identity}

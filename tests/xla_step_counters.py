@@ -35,7 +35,7 @@ def main(data_dir):
     config = XlaPretrainConfig(
         ModelConfig(257, 32, 32, 2, 2, dropout=0.1),
         DataConfig(
-            f"{data_dir}/train", f"{data_dir}/valid", train_batch_size=4, eval_batch_size=8, gradient_accum_step=2
+            (f"{data_dir}/train",), f"{data_dir}/valid", train_batch_size=4, eval_batch_size=8, gradient_accum_step=2
         ),
         OptimConfig(warmup_steps=5),
         RunConfig(train_steps=100, checkpoints_dir=folder),
@@ -46,7 +46,7 @@ def main(data_dir):
     model = build_model(config.model, 64, 1)
     data = PretrainingData.open(config, 0, 1)
     run = Run(config, runtime, data, model, runtime.place(model), runtime.build_optimizer(model, config.optim))
-    log = TrainingLog(config, runtime, run.metrics, 1.0)
+    log = TrainingLog(config, runtime, run.metrics, 1.0, data.train.epochs)
     batches = runtime.batches(data.training(0, 100))
 
     def steps(count):
