@@ -1,8 +1,6 @@
 """Batches against brute-force references: the order is a permutation, the same for every world size, and seekable."""
 
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,6 @@ from gpt2_xla.data.loader import (
     evaluation_batches,
     evaluation_steps,
     predicted_tokens,
-    prefetch,
     train_data_mistakes,
     training_batches,
     valid_data_mistakes,
@@ -331,54 +328,3 @@ def test_the_loader_benchmark_measures_every_row(tmp_path: Path) -> None:
     assert loader_benchmark.table(rows).count("| 16 |") == 2
     with pytest.raises(UserError, match=r"--shards 0 must be at least 1\n--seq-lengths -1 must"):
         loader_benchmark.bench(BenchLoaderConfig(shards=0, seq_lengths=(-1,)))
-
-
-def prefetch_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
-
-
-@pytest.mark.parametrize("depth", [1, 3, 100])
-def test_prefetch_yields_the_same_items(depth: int) -> None:
-    assert list(prefetch(iter(range(50)), depth)) == list(range(50))
-    assert not prefetch_threads()
-
-
-def test_prefetch_works_ahead_by_its_depth_only() -> None:
-    made: list[int] = []
-    ahead = threading.Event()
-
-    def numbers() -> Iterator[int]:
-        for i in range(100):
-            made.append(i)
-            if i == 4:
-                ahead.set()
-            yield i
-
-    items = prefetch(numbers(), 3)
-    assert next(items) == 0
-    assert ahead.wait(5)  # 1 taken, 3 ready, 1 in hand
-    assert made == [0, 1, 2, 3, 4]
-    items.close()
-    assert not prefetch_threads()
-
-
-@pytest.mark.parametrize("error", [UserError("a shard"), ValueError("x"), KeyboardInterrupt()])
-def test_prefetch_raises_where_the_item_would_have_come(error: BaseException) -> None:
-    def failing() -> Iterator[int]:
-        yield 1
-        raise error
-
-    items = prefetch(failing(), 2)
-    assert next(items) == 1
-    with pytest.raises(type(error)):
-        next(items)
-    assert not prefetch_threads()
-
-
-def test_prefetch_ends_its_thread_when_closed_at_any_moment() -> None:
-    for taken in range(20):
-        items = prefetch(iter(range(10**9)), 1 + taken % 3)
-        for _ in range(taken):
-            next(items)
-        items.close()
-    assert not prefetch_threads()

@@ -7,7 +7,7 @@ import torch
 from commands import PYTHON, ROOT, TINY, TRAIN, data_flags, losses, records, run
 
 from gpt2_xla.config import OptimConfig, TorchConfig
-from gpt2_xla.data.loader import prefetch
+from gpt2_xla.data.prefetch import prefetch
 from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
 from gpt2_xla.runtime.peaks import gpu_peak, tpu_peak

@@ -63,8 +63,6 @@ def _documents(unit: Unit, columns: Columns) -> Iterator[tuple[str, bytes]]:
 
 
 def _parquet_rows(unit: Unit, columns: Columns) -> Iterator[tuple[str, bytes]]:
-    import pyarrow
-
     (file,) = unit.files
     row = unit.first_row
     with open_parquet(file, columns) as parquet:
@@ -77,10 +75,19 @@ def _parquet_rows(unit: Unit, columns: Columns) -> Iterator[tuple[str, bytes]]:
             texts = batch.column(columns.text)
             texts.validate(full=True)  # parquet does not promise that its strings are UTF-8
             names = batch.column(columns.id).to_pylist() if has_ids else [None] * len(texts)
-            for i, text in enumerate(texts.cast(pyarrow.large_binary()).to_pylist()):
+            for i, text in enumerate(_as_binary(texts).to_pylist()):
                 if text is not None:
                     yield f"{file.name}#{row + i}" if names[i] is None else str(names[i]), text
             row += len(texts)
+
+
+def _as_binary(texts: Any) -> Any:
+    """An arrow array of strings as bytes, without a copy where arrow knows how (a cast would cost a tenth of the reading)."""
+    import pyarrow
+
+    if pyarrow.types.is_string(texts.type):
+        return texts.view(pyarrow.binary())
+    return texts.view(pyarrow.large_binary()) if pyarrow.types.is_large_string(texts.type) else texts.cast("binary")
 
 
 def _jsonl_rows(unit: Unit, columns: Columns) -> Iterator[tuple[str, bytes]]:

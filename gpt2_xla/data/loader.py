@@ -6,11 +6,9 @@ one to the right, T targets. Samples are numbered 0, 1, 2, ... over the whole ru
 reads a sample when.
 """
 
-import queue
-import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,7 +20,6 @@ from gpt2_xla.errors import UserError
 
 IGNORED_TARGET = -100  # torch's ignore_index
 TOKENS_READ_TOGETHER = 2**18  # 2 MiB of batches
-Item = TypeVar("Item")
 
 
 class TokenWindows:
@@ -218,42 +215,3 @@ def _rows_per_rank(batch_size: int, rank: int, world_size: int) -> int:
     if batch_size % world_size or not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of {world_size} can't share a batch of {batch_size}")
     return batch_size // world_size
-
-
-def prefetch(iterator: Iterator[Item], depth: int) -> Generator[Item, None, None]:
-    """The iterator's items, made up to `depth` (1 or more) ahead by a background thread.
-
-    An exception of the iterator is raised where its item would have come. Closing the generator ends the thread.
-    """
-    # (item, None), or (None, exception) last; StopIteration marks the end
-    ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(maxsize=depth)
-    closed = threading.Event()
-
-    def fill() -> None:
-        try:
-            for item in iterator:
-                ready.put((item, None))
-                if closed.is_set():
-                    return
-            end: BaseException = StopIteration()
-        except BaseException as error:  # noqa: BLE001  raised again in the consumer
-            end = error
-        if not closed.is_set():
-            ready.put((None, end))
-
-    thread = threading.Thread(target=fill, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, end = ready.get()
-            if isinstance(end, StopIteration):
-                return
-            if end is not None:
-                raise end
-            yield item  # type: ignore[misc]
-    finally:
-        closed.set()
-        # The thread may wait for room in the queue. After one more put it sees `closed`, so emptying once is enough.
-        while not ready.empty():
-            ready.get_nowait()
-        thread.join()

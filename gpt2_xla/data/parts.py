@@ -4,6 +4,7 @@ Three files a unit in OUTPUT_DIR/.preparing/units: its tokens, raw; one row per 
 the record that says the others are whole. A killed run leaves finished units and at most some hidden temporary files.
 """
 
+import contextlib
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ import numpy as np
 
 from gpt2_xla.data.documents import read_unit
 from gpt2_xla.data.encoder import DocumentEncoder, with_end_of_text
+from gpt2_xla.data.prefetch import prefetch
 from gpt2_xla.data.shards import atomic_write, dtype_for
 from gpt2_xla.data.units import Columns, Unit
 from gpt2_xla.errors import UserError
@@ -31,7 +33,6 @@ class UnitRecord:
     documents: int = 0
     text_bytes: int = 0
     checked: int = 0  # documents that were tokenized a second time
-    sha256: str = ""  # of the tokens
     bad: dict[str, str] = field(default_factory=dict)  # files that were left out, and what is wrong with them
 
 
@@ -46,29 +47,29 @@ def write_part(
     """Tokenize a unit into its part files, all but the record. The texts are hashed if `dedup`."""
     random = np.random.default_rng([seed, unit.index])
     checked = encoder.checked
-    digest = hashlib.sha256()
     rows: list[np.ndarray] = []
     names: list[str] = []
-    with atomic_write(part_path(folder, unit.index, "tokens")) as file:
-        for batch in read_unit(unit, columns):
+    with (
+        # A thread reads on, over a network or from a compressed file, while this one tokenizes.
+        contextlib.closing(prefetch(read_unit(unit, columns), depth=1)) as batches,
+        atomic_write(part_path(folder, unit.index, "tokens")) as file,
+    ):
+        for batch in batches:
             encoded = encoder.encode(batch.texts, batch.ids, random)
             dtype = dtype_for(tokenizer.vocab_size)
             tokens = with_end_of_text(encoded, tokenizer.end_of_text, dtype, batch.ends)
-            data = tokens.astype(np.dtype(dtype).newbyteorder("<"), copy=False).data
-            digest.update(data)
-            file.write(data)
+            file.write(tokens.astype(np.dtype(dtype).newbyteorder("<"), copy=False).data)
             rows.append(_describe(batch.ids, batch.texts, encoded.counts, batch.ends, dedup))
             names += batch.ids
     documents = np.concatenate([np.empty(0, DOCUMENT), *rows])
     with atomic_write(part_path(folder, unit.index, "docs")) as file:
-        file.write(documents.tobytes() + "\n".join(map(json.dumps, names)).encode())
+        file.write(documents.tobytes() + json.dumps(names).encode())
     return UnitRecord(
         unit.index,
         tokens=int(documents["tokens"].sum()),
         documents=len(documents),
         text_bytes=int(documents["bytes"].sum()),
         checked=encoder.checked - checked,
-        sha256=digest.hexdigest(),
     )
 
 
@@ -116,8 +117,8 @@ def read_ids(folder: Path, record: UnitRecord, rows: tuple[int, int]) -> list[st
     """The ids of two documents of a finished unit."""
     with part_path(folder, record.index, "docs").open("rb") as file:
         file.seek(record.documents * DOCUMENT.itemsize)
-        lines = file.read().split(b"\n")
-    return [json.loads(lines[row]) for row in rows]
+        names = json.loads(file.read())
+    return [names[row] for row in rows]
 
 
 def open_tokens(folder: Path, record: UnitRecord, dtype: str) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt2_xla import optim as optimizers
 from gpt2_xla.config import OptimConfig, TorchConfig
-from gpt2_xla.data.loader import prefetch
+from gpt2_xla.data.prefetch import prefetch
 from gpt2_xla.errors import UserError
 from gpt2_xla.runtime.base import CompileStats
 from gpt2_xla.runtime.peaks import gpu_peak
