@@ -141,6 +141,9 @@ class RuntimeConfig:
     loss_chunk: int = option(
         2048, "tokens per chunk of output layer and loss, so that no full float32 logits are ever held; 0 for one chunk"
     )
+    profile_steps: str | None = option(
+        None, "profile steps FIRST:LAST, both included and counted as in the log, into the run folder's profile/"
+    )
 
 
 @dataclass(frozen=True)
