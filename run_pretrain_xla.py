@@ -9,7 +9,8 @@ from gpt2_xla.errors import run_main
 
 
 def main() -> None:
-    from gpt2_xla.runtime.xla_launch import installation_mistakes, launch
+    from gpt2_xla.runtime.xla_installation import installation_mistakes
+    from gpt2_xla.runtime.xla_launch import launch
     from gpt2_xla.startup import pretrain_config
     from gpt2_xla.train import pretrain
 

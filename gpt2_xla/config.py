@@ -141,6 +141,9 @@ class RuntimeConfig:
     loss_chunk: int = option(
         2048, "tokens per chunk of output layer and loss, so that no full float32 logits are ever held; 0 for one chunk"
     )
+    profile_steps: str | None = option(
+        None, "profile steps FIRST:LAST, both included and counted as in the log, into the run folder's profile/"
+    )
 
 
 @dataclass(frozen=True)
@@ -341,6 +344,21 @@ class InspectConfig:
     )
     against_documents: int = option(100, "documents of --against to compare")
     text_column: str = option("text", "field of .jsonl and .parquet rows of --against that holds the text")
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """What to examine"""
+
+    train_dir: tuple[str, ...] = option((), "training data to check, as the training commands take it")
+    valid_dir: str | None = option(None, "validation data to check")
+    verify_data: Literal["auto", "full", "size"] = option(
+        "auto", "check shards: full compares sha256, size only lengths, auto is full up to 1 GiB"
+    )
+    checkpoints_dir: str = option(
+        "runs/gpt2", "run folder whose disk is measured and whose newest checkpoint is checked"
+    )
+    time_limit: int = option(60, "seconds for all checks together; what has not ended by then is killed and reported")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from gpt2_xla.errors import UserError
 from gpt2_xla.evaluate import evaluate
 from gpt2_xla.metrics import Metrics, open_metrics
 from gpt2_xla.model import GPT, build_model, flops_per_token, parameter_count
+from gpt2_xla.profiling import StepProfile
 from gpt2_xla.runtime.base import Runtime
 from gpt2_xla.schedule import learning_rate
 from gpt2_xla.summary import epochs_text, summary
@@ -107,17 +108,20 @@ def train(run: Run) -> None:
     runtime.watch_signals()
     flops = flops_per_token(config.model, parameter_count(run.model))
     log = TrainingLog(config, runtime, run.metrics, flops, run.data.train.epochs)
+    profile = StepProfile(config, runtime, log, run.metrics)
     batches = runtime.batches(run.data.training(run.samples, total_steps - run.step))
     run.forward.train()
     stopped = False
     try:
         while run.step < total_steps and not (stopped := runtime.should_stop(run.step)):
+            profile.before_step(run.step + 1)
             batch = log.next_batch(batches)
             log.add(train_step(run, batch))
             runtime.end_step()
             run.step += 1
             run.samples += config.sequences_per_step
             log.step_done(run.step, run.samples)
+            profile.after_step(run.step)
             validate_now = run.data.valid is not None and _due(config.run.valid_interval, run.step, total_steps)
             if validate_now or _due(config.run.save_interval, run.step, total_steps):
                 log.pause()
@@ -127,6 +131,7 @@ def train(run: Run) -> None:
                 log.resume()
     finally:
         batches.close()
+        profile.close()
     log.pause()
     run.metrics.say(f"trained on {epochs_text(run.data.train.epochs(run.samples))}")
     if stopped and run.step == 0:

@@ -3,6 +3,7 @@
 import math
 
 from gpt2_xla.config import PretrainConfig, XlaConfig
+from gpt2_xla.profiling import profile_mistakes
 
 
 def config_mistakes(config: PretrainConfig) -> list[str]:
@@ -13,6 +14,7 @@ def config_mistakes(config: PretrainConfig) -> list[str]:
         *_schedule_mistakes(config),
         *_logging_mistakes(config),
         *_precision_mistakes(config),
+        *profile_mistakes(config),
     ]
 
 

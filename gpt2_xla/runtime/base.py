@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -102,6 +103,13 @@ class Runtime(Protocol):
 
     def compile_stats(self) -> CompileStats:
         """Compilations of this process so far."""
+        ...
+
+    def profile(self, folder: Path, name: str) -> AbstractContextManager[str]:
+        """Record what host and device do inside the context into files under `folder`; its value says how to open them.
+
+        Called by rank 0 alone. Waits for the device at both ends. Raises OSError or RuntimeError if it can't.
+        """
         ...
 
     def peak_memory(self) -> int:

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -174,6 +175,20 @@ class TorchRuntime:
         from torch._dynamo.utils import calculate_time_spent, counters
 
         return CompileStats(counters["stats"]["unique_graphs"], calculate_time_spent().get("total_wall_time", 0.0))
+
+    @contextlib.contextmanager
+    def profile(self, folder: Path, name: str) -> Iterator[str]:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{name}.trace.json.gz"
+        self._wait_for_device()
+        with torch.profiler.profile(record_shapes=True) as recorded:
+            yield f"open {file} at https://ui.perfetto.dev"
+            self._wait_for_device()
+        recorded.export_chrome_trace(str(file))
+
+    def _wait_for_device(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
     def peak_memory(self) -> int:
         if self.device.type == "cuda":

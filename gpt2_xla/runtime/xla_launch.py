@@ -1,8 +1,6 @@
 """Start the XLA replicas with xmp.spawn, pass signals on to them, and never leave one behind."""
 
 import ctypes
-import importlib.metadata
-import importlib.util
 import multiprocessing
 import os
 import signal
@@ -18,8 +16,8 @@ from gpt2_xla.config import XlaPretrainConfig
 from gpt2_xla.errors import UserError
 from gpt2_xla.runtime.base import Runtime
 from gpt2_xla.runtime.replica_board import ReplicaBoard
+from gpt2_xla.runtime.xla_installation import installation_mistakes
 
-DEVICES = ("TPU", "CPU")
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 Work = Callable[[Any, Runtime], Any]
 
@@ -75,39 +73,6 @@ def die_with(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getpid() != parent and os.getppid() != parent:  # it died before the call above
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-def installation_mistakes() -> list[str]:
-    """Why torch_xla cannot work here; found before importing it takes seconds or fails with a traceback."""
-    mistakes = []
-    if importlib.util.find_spec("torch_xla") is None:
-        mistakes.append(
-            "torch_xla is not installed; pip install -r requirements-xla_tpu.txt -c constraints.txt (or use run_pretrain.py)"
-        )
-    else:
-        torch_version, xla_version = (importlib.metadata.version(name) for name in ("torch", "torch_xla"))
-        if torch_version.split("+")[0].split(".")[:2] != xla_version.split("+")[0].split(".")[:2]:
-            mistakes.append(
-                f"torch_xla {xla_version} does not fit torch {torch_version}: their versions must match; "
-                "pip install -r requirements-xla_tpu.txt -c constraints.txt"
-            )
-    device = os.environ.get("PJRT_DEVICE")
-    if device is None:
-        mistakes.append("PJRT_DEVICE is not set; start with PJRT_DEVICE=TPU, or PJRT_DEVICE=CPU to try without one")
-    elif device not in DEVICES:
-        mistakes.append(
-            f"PJRT_DEVICE={device} is not supported; use {' or '.join(DEVICES)} (on NVIDIA GPUs: run_pretrain.py)"
-        )
-    elif device == "TPU" and not mistakes and _no_tpu():
-        mistakes.append("PJRT_DEVICE=TPU, but this machine has no TPU; try the program with PJRT_DEVICE=CPU")
-    return mistakes
-
-
-def _no_tpu() -> bool:
-    """Whether no TPU chip is on the PCI bus. Private, checked on torch_xla 2.9; without it xmp.spawn fails obscurely."""
-    from torch_xla._internal import tpu
-
-    return tpu.num_available_chips() == 0
 
 
 class _Supervisor(threading.Thread):

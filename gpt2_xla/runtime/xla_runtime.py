@@ -5,6 +5,7 @@ import logging
 import resource
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from gpt2_xla.runtime.base import CompileStats
 from gpt2_xla.runtime.peaks import tpu_peak
 from gpt2_xla.runtime.replica_board import ReplicaBoard
 from gpt2_xla.runtime.torch_runtime import clip_gradients
+from gpt2_xla.runtime.xla_profile import xla_profile
 
 
 class XlaRuntime:
@@ -136,6 +138,9 @@ class XlaRuntime:
     def compile_stats(self) -> CompileStats:
         timing = xla_metrics.metric_data("CompileTime")  # (count, total nanoseconds, samples)
         return CompileStats(int(timing[0]), timing[1] / 1e9) if timing else CompileStats()
+
+    def profile(self, folder: Path, name: str) -> AbstractContextManager[str]:  # noqa: ARG002 - XProf names its files
+        return xla_profile(folder)
 
     def peak_memory(self) -> int:
         if xr.device_type() == "TPU":
