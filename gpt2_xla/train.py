@@ -143,19 +143,10 @@ def train_step(run: Run, batch: Tensor) -> Tensor:
     Nothing here depends on the step but the values of the batch, the learning rate and the dropout seed.
     """
     config, runtime = run.config, run.runtime
-    micro_steps = config.data.gradient_accum_step
     optim.set_learning_rate(run.optimizer, learning_rate(run.step, config.optim, config.run.train_steps))
     runtime.seed_dropout(dropout_seed(config.run.seed, run.step))
-    losses = []
-    for micro_step in range(micro_steps):
-        tokens = batch[micro_step]  # (A, B, T+1) -> (B, T+1)
-        with runtime.accumulate(run.forward, last=micro_step == micro_steps - 1):
-            with runtime.autocast():
-                loss = run.forward(tokens[:, :-1], tokens[:, 1:])
-            runtime.backward(loss / micro_steps)
-        losses.append(loss.detach())
-    norm = runtime.update(run.model, run.optimizer, config.optim.max_grad_norm)
-    return runtime.mean(torch.stack([torch.stack(losses).mean(), norm]))
+    loss = runtime.compute_gradients(run.forward, batch)
+    return runtime.update(run.model, run.optimizer, config.optim.max_grad_norm, loss)
 
 
 def dropout_seed(seed: int, step: int) -> int:

@@ -69,7 +69,7 @@ def main(data_dir):
     before = runtime.to_host(dict(model.named_parameters()))
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, float("nan"))
-    runtime.update(model, run.optimizer, 1.0)
+    runtime.update(model, run.optimizer, 1.0, torch.zeros((), device=runtime.device))
     runtime.end_step()
     after = runtime.to_host(dict(model.named_parameters()))
     state = runtime.to_host(optim.named_state(model, run.optimizer))

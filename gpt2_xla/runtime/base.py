@@ -56,16 +56,19 @@ class Runtime(Protocol):
         """The context of a forward pass in the configured precision."""
         ...
 
-    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """The context of one micro-step; gradients need not be reduced until the last."""
+    def compute_gradients(self, forward: nn.Module, batch: Tensor) -> Tensor:
+        """Forward and backward of every micro-step of batch (A, B, T+1); their mean gradient is left in .grad.
+
+        Returns the mean loss of this replica's sequences: a float32 scalar, on device. update() must follow.
+        """
         ...
 
-    def backward(self, loss: Tensor) -> None:
-        """Backpropagate the loss, scaled if the precision needs it."""
-        ...
+    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, loss: Tensor) -> Tensor:
+        """Average gradients and loss over the replicas, clip, step, clear the gradients.
 
-    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
-        """Average the gradients over the replicas, clip, step, clear them; return the norm before clipping, on device."""
+        Returns float32 [loss, gradient norm before clipping], on device. A gradient that is not finite on any replica
+        skips the step on all of them.
+        """
         ...
 
     def mean(self, value: Tensor) -> Tensor:

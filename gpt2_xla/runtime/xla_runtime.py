@@ -21,6 +21,7 @@ from gpt2_xla import optim as optimizers
 from gpt2_xla.config import OptimConfig, XlaConfig
 from gpt2_xla.model import GPT
 from gpt2_xla.runtime.base import CompileStats
+from gpt2_xla.runtime.micro_step_loop import MicroStepLoop
 from gpt2_xla.runtime.peaks import tpu_peak
 from gpt2_xla.runtime.replica_board import ReplicaBoard
 from gpt2_xla.runtime.torch_runtime import clip_gradients
@@ -33,6 +34,7 @@ class XlaRuntime:
         self.config, self._board = config, board
         self.device = torch_xla.device()
         self.rank, self.world_size = xr.global_ordinal(), xr.world_size()
+        self._loops: dict[tuple[nn.Module, torch.Size], MicroStepLoop] = {}
         if config.mixed_precision == "no":
             _set_matmul_precision(config.matmul_precision)
 
@@ -88,14 +90,17 @@ class XlaRuntime:
             return contextlib.nullcontext()
         return torch.autocast("xla", dtype=torch.bfloat16)
 
-    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:  # noqa: ARG002
-        return contextlib.nullcontext()  # gradients are reduced in update(), once per step
+    def compute_gradients(self, forward: nn.Module, batch: Tensor) -> Tensor:
+        key = (forward, batch.shape)
+        if key not in self._loops:
+            self._loops[key] = MicroStepLoop(forward, batch, self.autocast)
+        return self._loops[key](batch)
 
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
-        xm.reduce_gradients(optimizer)
+    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, loss: Tensor) -> Tensor:
+        if self.world_size > 1:
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            # One all-reduce for all of them; replaces them by the results.
+            xm.all_reduce(xm.REDUCE_SUM, [*gradients, loss], scale=1.0 / self.world_size)
         norm = clip_gradients(model, max_grad_norm)
         if self.config.use_syncfree_optim:
             # A norm that is not finite means a gradient that is not: the step is skipped on the device.
@@ -103,7 +108,7 @@ class XlaRuntime:
         else:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return norm
+        return torch.stack([loss, norm])
 
     def mean(self, value: Tensor) -> Tensor:
         if self.world_size > 1:
