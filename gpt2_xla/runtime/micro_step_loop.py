@@ -102,8 +102,8 @@ class _MicroStep:
             number: _draws_between(first_seed, int(others.pop(number))) for number in _seed_parameters(context, outputs)
         }
         xm.set_rng_state(first_seed, str(batch.device))  # the trace drew from it
-        self._others = list(others)
-        self.constants = [tensor.to(batch.device) for tensor in others.values()]
+        self._others = sorted(others)  # the mapping's own order differs between replicas, whose programs must not
+        self.constants = [others[number].to(batch.device) for number in self._others]
 
     def call(self, count: xb.Op, read: Sequence[xb.Op]) -> list[xb.Op]:
         """The loss and the gradients of micro-step number `count` of the loop's inputs."""
