@@ -141,6 +141,10 @@ class RuntimeConfig:
     loss_chunk: int = option(
         2048, "tokens per chunk of output layer and loss, so that no full float32 logits are ever held; 0 for one chunk"
     )
+    max_recompiles: int | None = option(
+        None,
+        "save and stop when more than N programs were compiled after warm-up, the first time of each kind of work; default: warn only",
+    )
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,9 @@ class XlaConfig(RuntimeConfig):
     )
     loader_prefetch_size: int = option(8, "host batches that MpDeviceLoader keeps ready")
     device_prefetch_size: int = option(4, "device batches that MpDeviceLoader keeps ready")
+    compile_cache: str | None = option(
+        None, "folder that keeps compiled programs for the next start, one subfolder per replica; no use on CPU"
+    )
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,15 @@ from gpt2_xla.config import OptimConfig
 
 @dataclass(frozen=True)
 class CompileStats:
-    """What compilers did so far in this process."""
+    """What compilers and devices did so far in this process; zeros where nobody counts."""
 
-    count: int = 0
-    seconds: float = 0.0
+    count: int = 0  # programs compiled
+    seconds: float = 0.0  # spent compiling them
+    executions: int = 0  # programs executed
+    fetches: int = 0  # copies from a device to the host
+    cache_hits: int = 0  # programs taken from a persistent cache
+    cache_misses: int = 0
+    cache_failures: int = 0  # programs found there that could not be read back
 
 
 class Runtime(Protocol):
@@ -95,6 +100,10 @@ class Runtime(Protocol):
         """Whether to stop before optimizer step `step`; the same answer on every replica, without waiting for the device."""
         ...
 
+    def request_stop(self) -> None:
+        """Have all replicas stop before a coming step, as a signal does."""
+        ...
+
     def scaler_state(self) -> dict[str, Any] | None:
         """The gradient scaler's state for the checkpoint; None where there is none."""
         ...
@@ -104,7 +113,11 @@ class Runtime(Protocol):
         ...
 
     def compile_stats(self) -> CompileStats:
-        """Compilations of this process so far."""
+        """Compilations of this process so far; cheap enough for every step."""
+        ...
+
+    def graph_hash(self, queued: Tensor) -> str:
+        """A name for the queued work that computes a tensor, the same for the same program; "" where nothing is queued."""
         ...
 
     def peak_memory(self) -> int:

@@ -161,6 +161,9 @@ class TorchRuntime:
         self._stop_vote = (work, vote)
         return agreed
 
+    def request_stop(self) -> None:
+        self._stop_requested = True
+
     def scaler_state(self) -> dict[str, Any] | None:
         return self._scaler.state_dict() if self._scaler.is_enabled() else None
 
@@ -175,6 +178,9 @@ class TorchRuntime:
         from torch._dynamo.utils import calculate_time_spent, counters
 
         return CompileStats(counters["stats"]["unique_graphs"], calculate_time_spent().get("total_wall_time", 0.0))
+
+    def graph_hash(self, queued: Tensor) -> str:  # noqa: ARG002
+        return ""
 
     def peak_memory(self) -> int:
         if self.device.type == "cuda":

@@ -2,9 +2,12 @@
 
 import contextlib
 import logging
+import os
 import resource
+import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from torch_xla.distributed.parallel_loader import MpDeviceLoader
 
 from gpt2_xla import optim as optimizers
 from gpt2_xla.config import OptimConfig, XlaConfig
+from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
 from gpt2_xla.runtime.base import CompileStats
 from gpt2_xla.runtime.micro_step_loop import MicroStepLoop
@@ -26,12 +30,16 @@ from gpt2_xla.runtime.peaks import tpu_peak
 from gpt2_xla.runtime.replica_board import ReplicaBoard
 from gpt2_xla.runtime.torch_runtime import clip_gradients
 
+_cache_lock = threading.Lock()
+
 
 class XlaRuntime:
     """See `Runtime`. Operations are queued as a graph, which end_step() compiles once and then only launches."""
 
     def __init__(self, config: XlaConfig, board: ReplicaBoard) -> None:
         self.config, self._board = config, board
+        if config.compile_cache:
+            _open_compile_cache(Path(config.compile_cache))
         self.device = torch_xla.device()
         self.rank, self.world_size = xr.global_ordinal(), xr.world_size()
         self._loops: dict[tuple[nn.Module, torch.Size], MicroStepLoop] = {}
@@ -132,6 +140,9 @@ class XlaRuntime:
     def should_stop(self, step: int) -> bool:
         return self._board.enter_step(step)
 
+    def request_stop(self) -> None:
+        self._board.request_stop()
+
     def scaler_state(self) -> dict[str, Any] | None:
         return None
 
@@ -140,7 +151,20 @@ class XlaRuntime:
 
     def compile_stats(self) -> CompileStats:
         timing = xla_metrics.metric_data("CompileTime")  # (count, total nanoseconds, samples)
-        return CompileStats(int(timing[0]), timing[1] / 1e9) if timing else CompileStats()
+        fetches = xla_metrics.metric_data("TransferFromDeviceTime")
+        return CompileStats(
+            count=int(timing[0]) if timing else 0,
+            seconds=timing[1] / 1e9 if timing else 0.0,
+            executions=_count("ExecuteComputation") + _count("ExecuteReplicated"),
+            fetches=int(fetches[0]) if fetches else 0,
+            cache_hits=_count("PersistentCacheHit"),
+            cache_misses=_count("PersistentCacheMiss"),
+            cache_failures=_count("PersistentCacheDeserializeFailure"),
+        )
+
+    def graph_hash(self, queued: Tensor) -> str:
+        # Private, checked on 2.9. 0.3 ms for the loss and the norm of 12 layers; the whole step with its optimizer: 2 ms.
+        return torch_xla._XLAC._get_graph_hash([queued]).hex()[:12]
 
     def peak_memory(self) -> int:
         if xr.device_type() == "TPU":
@@ -156,6 +180,11 @@ class XlaRuntime:
 
     def close(self) -> None:
         self._board.close()
+
+
+def _count(name: str) -> int:
+    """One of torch_xla's counters; 0 before it first counts."""
+    return int(xla_metrics.counter_value(name) or 0)
 
 
 class _Relay:
@@ -181,3 +210,24 @@ def _set_matmul_precision(wanted: str) -> None:
     logger = logging.getLogger("torch_xla.backends")
     logger.setLevel(logging.ERROR)  # it warns at every call
     torch_xla.backends.set_mat_mul_precision("default" if wanted == "medium" else wanted)
+
+
+def _open_compile_cache(folder: Path) -> None:
+    """Keep this replica's programs in a folder of its own: two writers of one file would spoil it.
+
+    Raises `UserError` if it cannot be written.
+    """
+    ordinal = xr.global_ordinal()
+    own = folder / f"replica-{ordinal}"
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--compile-cache {folder} cannot be written: {error.strerror or error}") from error
+    with _cache_lock:  # threads of one process share one cache
+        if not os.environ.get("XLA_PERSISTENT_CACHE_PATH"):
+            xr.initialize_cache(str(own))
+    if ordinal == 0 and xr.device_type() == "CPU":
+        print(
+            "note: --compile-cache saves nothing on CPU: torch_xla writes the programs but cannot read them back",
+            flush=True,
+        )
