@@ -144,6 +144,10 @@ class RuntimeConfig:
     profile_steps: str | None = option(
         None, "profile steps FIRST:LAST, both included and counted as in the log, into the run folder's profile/"
     )
+    max_recompiles: int | None = option(
+        None,
+        "save and stop when more than N programs were compiled after warm-up, the first time of each kind of work; default: warn only",
+    )
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,9 @@ class XlaConfig(RuntimeConfig):
     )
     loader_prefetch_size: int = option(8, "host batches that MpDeviceLoader keeps ready")
     device_prefetch_size: int = option(4, "device batches that MpDeviceLoader keeps ready")
+    compile_cache: str | None = option(
+        None, "folder that keeps compiled programs for the next start, one subfolder per replica; no use on CPU"
+    )
 
 
 @dataclass(frozen=True)

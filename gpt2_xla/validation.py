@@ -58,6 +58,7 @@ def _range_mistakes(config: PretrainConfig) -> list[str]:
         "--min-lr": optim.min_lr,
         "--loss-chunk": config.runtime.loss_chunk,
         "--seed": run.seed,
+        "--max-recompiles": config.runtime.max_recompiles or 0,
     }
     mistakes = [f"{flag} {value} must be at least 1" for flag, value in at_least_one.items() if value < 1]
     mistakes += [

@@ -97,16 +97,17 @@ class TorchRuntime:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[self.config.mixed_precision])
 
-    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        wrapped = getattr(model, "_orig_mod", model)  # torch.compile's wrapper hides no_sync
-        if last or not isinstance(wrapped, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return wrapped.no_sync()
+    def compute_gradients(self, forward: nn.Module, batch: Tensor) -> Tensor:
+        losses = []
+        for micro_step, tokens in enumerate(batch):  # (A, B, T+1) -> (B, T+1)
+            with self._reduction(forward, last=micro_step == len(batch) - 1):
+                with self.autocast():
+                    loss = forward(tokens[:, :-1], tokens[:, 1:])
+                self._scaler.scale(loss / len(batch)).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
 
-    def backward(self, loss: Tensor) -> None:
-        self._scaler.scale(loss).backward()
-
-    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
+    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, loss: Tensor) -> Tensor:
         self._scaler.unscale_(optimizer)
         norm = clip_gradients(model, max_grad_norm)
         if not self._scaler.is_enabled() and optimizer.defaults["fused"]:
@@ -116,7 +117,7 @@ class TorchRuntime:
         self._scaler.step(optimizer)
         self._scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        return norm
+        return self.mean(torch.stack([loss, norm]))
 
     def mean(self, value: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -161,6 +162,9 @@ class TorchRuntime:
         self._stop_vote = (work, vote)
         return agreed
 
+    def request_stop(self) -> None:
+        self._stop_requested = True
+
     def scaler_state(self) -> dict[str, Any] | None:
         return self._scaler.state_dict() if self._scaler.is_enabled() else None
 
@@ -190,6 +194,9 @@ class TorchRuntime:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
+    def graph_hash(self, queued: Tensor) -> str:  # noqa: ARG002
+        return ""
+
     def peak_memory(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
@@ -205,6 +212,13 @@ class TorchRuntime:
         if self.world_size > 1 and dist.is_initialized():
             self._collect_vote()
             dist.destroy_process_group()
+
+    def _reduction(self, forward: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Let DDP reduce the gradients after the last micro-step only."""
+        wrapped = getattr(forward, "_orig_mod", forward)  # torch.compile's wrapper hides no_sync
+        if last or not isinstance(wrapped, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return wrapped.no_sync()
 
     def _on_signal(self, *_: object) -> None:
         self._stop_requested = True

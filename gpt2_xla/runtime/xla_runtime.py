@@ -2,7 +2,9 @@
 
 import contextlib
 import logging
+import os
 import resource
+import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,12 +22,16 @@ from torch_xla.distributed.parallel_loader import MpDeviceLoader
 
 from gpt2_xla import optim as optimizers
 from gpt2_xla.config import OptimConfig, XlaConfig
+from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
 from gpt2_xla.runtime.base import CompileStats
+from gpt2_xla.runtime.micro_step_loop import MicroStepLoop
 from gpt2_xla.runtime.peaks import tpu_peak
 from gpt2_xla.runtime.replica_board import ReplicaBoard
 from gpt2_xla.runtime.torch_runtime import clip_gradients
 from gpt2_xla.runtime.xla_profile import xla_profile
+
+_cache_lock = threading.Lock()
 
 
 class XlaRuntime:
@@ -33,8 +39,11 @@ class XlaRuntime:
 
     def __init__(self, config: XlaConfig, board: ReplicaBoard) -> None:
         self.config, self._board = config, board
+        if config.compile_cache:
+            _open_compile_cache(Path(config.compile_cache))
         self.device = torch_xla.device()
         self.rank, self.world_size = xr.global_ordinal(), xr.world_size()
+        self._loops: dict[tuple[nn.Module, torch.Size], MicroStepLoop] = {}
         if config.mixed_precision == "no":
             _set_matmul_precision(config.matmul_precision)
 
@@ -90,14 +99,17 @@ class XlaRuntime:
             return contextlib.nullcontext()
         return torch.autocast("xla", dtype=torch.bfloat16)
 
-    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:  # noqa: ARG002
-        return contextlib.nullcontext()  # gradients are reduced in update(), once per step
+    def compute_gradients(self, forward: nn.Module, batch: Tensor) -> Tensor:
+        key = (forward, batch.shape)
+        if key not in self._loops:
+            self._loops[key] = MicroStepLoop(forward, batch, self.autocast)
+        return self._loops[key](batch)
 
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
-        xm.reduce_gradients(optimizer)
+    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, loss: Tensor) -> Tensor:
+        if self.world_size > 1:
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            # One all-reduce for all of them; replaces them by the results.
+            xm.all_reduce(xm.REDUCE_SUM, [*gradients, loss], scale=1.0 / self.world_size)
         norm = clip_gradients(model, max_grad_norm)
         if self.config.use_syncfree_optim:
             # A norm that is not finite means a gradient that is not: the step is skipped on the device.
@@ -105,7 +117,7 @@ class XlaRuntime:
         else:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return norm
+        return torch.stack([loss, norm])
 
     def mean(self, value: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -129,6 +141,9 @@ class XlaRuntime:
     def should_stop(self, step: int) -> bool:
         return self._board.enter_step(step)
 
+    def request_stop(self) -> None:
+        self._board.request_stop()
+
     def scaler_state(self) -> dict[str, Any] | None:
         return None
 
@@ -137,7 +152,20 @@ class XlaRuntime:
 
     def compile_stats(self) -> CompileStats:
         timing = xla_metrics.metric_data("CompileTime")  # (count, total nanoseconds, samples)
-        return CompileStats(int(timing[0]), timing[1] / 1e9) if timing else CompileStats()
+        fetches = xla_metrics.metric_data("TransferFromDeviceTime")
+        return CompileStats(
+            count=int(timing[0]) if timing else 0,
+            seconds=timing[1] / 1e9 if timing else 0.0,
+            executions=_count("ExecuteComputation") + _count("ExecuteReplicated"),
+            fetches=int(fetches[0]) if fetches else 0,
+            cache_hits=_count("PersistentCacheHit"),
+            cache_misses=_count("PersistentCacheMiss"),
+            cache_failures=_count("PersistentCacheDeserializeFailure"),
+        )
+
+    def graph_hash(self, queued: Tensor) -> str:
+        # Private, checked on 2.9. 0.3 ms for the loss and the norm of 12 layers; the whole step with its optimizer: 2 ms.
+        return torch_xla._XLAC._get_graph_hash([queued]).hex()[:12]
 
     def profile(self, folder: Path, name: str) -> AbstractContextManager[str]:  # noqa: ARG002 - XProf names its files
         return xla_profile(folder)
@@ -156,6 +184,11 @@ class XlaRuntime:
 
     def close(self) -> None:
         self._board.close()
+
+
+def _count(name: str) -> int:
+    """One of torch_xla's counters; 0 before it first counts."""
+    return int(xla_metrics.counter_value(name) or 0)
 
 
 class _Relay:
@@ -181,3 +214,24 @@ def _set_matmul_precision(wanted: str) -> None:
     logger = logging.getLogger("torch_xla.backends")
     logger.setLevel(logging.ERROR)  # it warns at every call
     torch_xla.backends.set_mat_mul_precision("default" if wanted == "medium" else wanted)
+
+
+def _open_compile_cache(folder: Path) -> None:
+    """Keep this replica's programs in a folder of its own: two writers of one file would spoil it.
+
+    Raises `UserError` if it cannot be written.
+    """
+    ordinal = xr.global_ordinal()
+    own = folder / f"replica-{ordinal}"
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--compile-cache {folder} cannot be written: {error.strerror or error}") from error
+    with _cache_lock:  # threads of one process share one cache
+        if not os.environ.get("XLA_PERSISTENT_CACHE_PATH"):
+            xr.initialize_cache(str(own))
+    if ordinal == 0 and xr.device_type() == "CPU":
+        print(
+            "note: --compile-cache saves nothing on CPU: torch_xla writes the programs but cannot read them back",
+            flush=True,
+        )
