@@ -107,7 +107,7 @@ def train(run: Run) -> None:
     runtime.watch_signals()
     flops = flops_per_token(config.model, parameter_count(run.model))
     log = TrainingLog(config, runtime, run.metrics, flops, run.data.train.epochs)
-    batches = runtime.batches(run.data.training(run.samples, total_steps - run.step))
+    batches = runtime.batches(run.data.training(run.samples, total_steps - run.step), rows_dim=1)
     run.forward.train()
     stopped = False
     try:

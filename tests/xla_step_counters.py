@@ -47,7 +47,7 @@ def main(data_dir):
     data = PretrainingData.open(config, 0, 1)
     run = Run(config, runtime, data, model, runtime.place(model), runtime.build_optimizer(model, config.optim))
     log = TrainingLog(config, runtime, run.metrics, 1.0, data.train.epochs)
-    batches = runtime.batches(data.training(0, 100))
+    batches = runtime.batches(data.training(0, 100), rows_dim=1)
 
     def steps(count):
         for _ in range(count):

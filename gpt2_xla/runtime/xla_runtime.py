@@ -22,31 +22,36 @@ from gpt2_xla.config import OptimConfig, XlaConfig
 from gpt2_xla.model import GPT
 from gpt2_xla.runtime.base import CompileStats
 from gpt2_xla.runtime.peaks import tpu_peak
-from gpt2_xla.runtime.replica_board import ReplicaBoard
+from gpt2_xla.runtime.stop_signals import StopSource
 from gpt2_xla.runtime.torch_runtime import clip_gradients
 
 
 class XlaRuntime:
     """See `Runtime`. Operations are queued as a graph, which end_step() compiles once and then only launches."""
 
-    def __init__(self, config: XlaConfig, board: ReplicaBoard) -> None:
+    def __init__(self, config: XlaConfig, board: StopSource) -> None:
         self.config, self._board = config, board
         self.device = torch_xla.device()
         self.rank, self.world_size = xr.global_ordinal(), xr.world_size()
+        self.device_count = self.world_size  # over all hosts
         if config.mixed_precision == "no":
             _set_matmul_precision(config.matmul_precision)
 
     def describe(self) -> str:
-        return f"{self.world_size} × XLA {xr.device_type()} (torch_xla {torch_xla.__version__})"
+        return f"{self.device_count} × XLA {xr.device_type()} (torch_xla {torch_xla.__version__})"
 
     def place(self, model: nn.Module) -> nn.Module:
         model.to(self.device)
         if isinstance(model, GPT):
             model.tie_weights()  # moving to an XLA device makes two tensors of a tied one
-        if self.world_size > 1:
-            xm.broadcast_master_param(model)
+        self._lay_out(model)
         torch_xla.sync()
         return model
+
+    def _lay_out(self, model: nn.Module) -> None:
+        """Before the first launch: who holds which part of the weights. Here every replica gets rank 0's."""
+        if self.world_size > 1:
+            xm.broadcast_master_param(model)
 
     def build_optimizer(self, model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
         if not self.config.use_syncfree_optim:
@@ -60,10 +65,14 @@ class XlaRuntime:
             optimizers.prime_state(model, optimizer)
             for state in optimizer.state.values():
                 state["max_exp_avg_sq"] = torch.empty(0, dtype=torch.float, device=self.device)
+        self._lay_out_state(model, optimizer)
         torch_xla.sync()
         return optimizer
 
-    def batches(self, host_batches: Iterator[Tensor]) -> Generator[Tensor, None, None]:
+    def _lay_out_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Before the first launch: who holds which part of the optimizer's state. Here every replica has all of it."""
+
+    def batches(self, host_batches: Iterator[Tensor], rows_dim: int) -> Generator[Tensor, None, None]:
         source = _Relay(host_batches)
         loader = MpDeviceLoader(
             source,
@@ -71,6 +80,7 @@ class XlaRuntime:
             loader_prefetch_size=self.config.loader_prefetch_size,
             device_prefetch_size=self.config.device_prefetch_size,
             batches_per_execution=2**62,  # end_step() alone launches
+            input_sharding=self._input_sharding(rows_dim),
         )
         try:
             yield from loader
@@ -78,6 +88,10 @@ class XlaRuntime:
         finally:
             if loader._parallel_loader is not None:  # private, checked on 2.9: the loader has no close() of its own
                 loader._parallel_loader.close()
+
+    def _input_sharding(self, rows_dim: int) -> Any:  # noqa: ARG002
+        """How a batch lies on the devices, for MpDeviceLoader; here a replica has one device."""
+        return None
 
     def seed_dropout(self, seed: int) -> None:
         # The seed enters the graph as data, not as a constant: no recompile.
@@ -147,7 +161,7 @@ class XlaRuntime:
         if xr.device_type() != "TPU" or self.config.mixed_precision == "no":
             return None
         peak = tpu_peak(xm.xla_device_kind(self.device))
-        return peak * self.world_size if peak else None
+        return peak * self.device_count if peak else None
 
     def close(self) -> None:
         self._board.close()
