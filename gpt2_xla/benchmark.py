@@ -90,7 +90,7 @@ def measure(config: PretrainConfig, runtime: Runtime, steps: int, result: str) -
     data = PretrainingData.open(config, runtime.rank, runtime.world_size)
     forward = runtime.place(model)
     run = Run(config, runtime, data, model, forward, runtime.build_optimizer(model, config.optim))
-    batches = runtime.batches(data.training(0, config.run.train_steps))
+    batches = runtime.batches(data.training(0, config.run.train_steps), rows_dim=1)
     waited = 0.0
 
     def queue_step() -> Any:

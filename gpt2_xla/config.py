@@ -167,7 +167,17 @@ class TorchConfig(RuntimeConfig):
 class XlaConfig(RuntimeConfig):
     """Device and precision"""
 
-    mp_start_method: Literal["spawn", "fork"] = option("spawn", "how xmp.spawn starts the replicas' processes")
+    sharding: Literal["none", "fsdp"] = option(
+        "none",
+        "none: each device has a copy of the model (xmp.spawn); fsdp: weights, gradients and optimizer state are cut up over the devices of --mesh (SPMD, one process per host)",
+    )
+    mesh: str | None = option(
+        None,
+        "devices along each axis of --sharding fsdp, as in data=2,fsdp=2,tensor=2: data copies the model, fsdp cuts it, tensor cuts attention heads and the MLP too; default: all devices on fsdp",
+    )
+    mp_start_method: Literal["spawn", "fork"] = option(
+        "spawn", "how xmp.spawn starts the replicas' processes (--sharding none)"
+    )
     use_syncfree_optim: bool = option(
         True, "torch_xla's sync-free AdamW/Adam, which skips a step with non-finite gradients on the device"
     )

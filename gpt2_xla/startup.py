@@ -46,7 +46,7 @@ def pretrain_config(
         mistakes += [*_steps_mistakes(parsed.config, state.step), *profile_mistakes(parsed.config, state.step)]
     mistakes += _folder_mistakes(parsed.config, source)
     config = _with_vocabulary(parsed.config, mistakes)
-    mistakes += [*config_mistakes(config), *machine_mistakes(config)]
+    mistakes += [*config_mistakes(config, parsed.explicit), *machine_mistakes(config)]
     if mistakes:
         raise UserError(list(dict.fromkeys(mistakes)))
     return config

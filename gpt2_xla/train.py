@@ -113,7 +113,7 @@ def train(run: Run) -> None:
     flops = flops_per_token(config.model, parameter_count(run.model))
     log = TrainingLog(config, runtime, run.metrics, flops, run.data.train.epochs)
     profile = StepProfile(config, runtime, log, run.metrics)
-    batches = runtime.batches(run.data.training(run.samples, total_steps - run.step))
+    batches = runtime.batches(run.data.training(run.samples, total_steps - run.step), rows_dim=1)
     run.forward.train()
     stopped = False
     try:

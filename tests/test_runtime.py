@@ -109,7 +109,7 @@ def test_batches_close_ends_the_background_thread(make_runtime):
     import threading
 
     before = threading.active_count()
-    batches = make_runtime().batches(iter(torch.zeros(100, 2)))
+    batches = make_runtime().batches(iter(torch.zeros(100, 2)), rows_dim=0)
     next(batches)
     assert threading.active_count() == before + 1
     batches.close()

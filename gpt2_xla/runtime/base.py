@@ -47,9 +47,10 @@ class Runtime(Protocol):
         """The runtime's optimizer over the placed model's parameters, with its state already allocated."""
         ...
 
-    def batches(self, host_batches: Iterator[Tensor]) -> Generator[Tensor, None, None]:
+    def batches(self, host_batches: Iterator[Tensor], rows_dim: int) -> Generator[Tensor, None, None]:
         """The host's batches on the device, read and copied ahead in the background; close() ends that.
 
+        `rows_dim` is the dimension along which a batch holds sequences that may go to different devices.
         An error of the host's iterator surfaces in next().
         """
         ...

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import resource
-import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -22,8 +21,8 @@ from gpt2_xla.data.prefetch import prefetch
 from gpt2_xla.errors import UserError
 from gpt2_xla.runtime.base import CompileStats
 from gpt2_xla.runtime.peaks import gpu_peak
+from gpt2_xla.runtime.stop_signals import StopSignals
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -43,7 +42,7 @@ class TorchRuntime:
         if config.matmul_precision != "highest":  # torch's own default
             torch.set_float32_matmul_precision(config.matmul_precision)
         self._scaler = GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
-        self._stop_requested = False
+        self._signals = StopSignals()
         self._stop_vote: tuple[dist.Work, Tensor] | None = None
         self._control: dist.ProcessGroup | None = None
         if self.world_size > 1:
@@ -75,7 +74,7 @@ class TorchRuntime:
         optimizers.prime_state(model, optimizer, step_device=None if fused else torch.device("cpu"))
         return optimizer
 
-    def batches(self, host_batches: Iterator[Tensor]) -> Generator[Tensor, None, None]:
+    def batches(self, host_batches: Iterator[Tensor], rows_dim: int) -> Generator[Tensor, None, None]:  # noqa: ARG002
         with contextlib.closing(prefetch(host_batches, depth=8)) as ready:
             if self.device.type == "cpu":
                 yield from ready
@@ -148,22 +147,21 @@ class TorchRuntime:
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
     def watch_signals(self) -> None:
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
+        self._signals.watch(announce=self.rank == 0)
 
     def should_stop(self, step: int) -> bool:  # noqa: ARG002 - other runtimes agree by step number
         if self._control is None:
-            return self._stop_requested
+            return self._signals.requested
         # The vote cast before the last step has long arrived; this one's answer is read a step later.
         agreed = self._collect_vote()
-        vote = torch.tensor([float(self._stop_requested)])
+        vote = torch.tensor([float(self._signals.requested)])
         work = dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self._control, async_op=True)
         assert work is not None
         self._stop_vote = (work, vote)
         return agreed
 
     def request_stop(self) -> None:
-        self._stop_requested = True
+        self._signals.request_stop()
 
     def scaler_state(self) -> dict[str, Any] | None:
         return self._scaler.state_dict() if self._scaler.is_enabled() else None
@@ -219,13 +217,6 @@ class TorchRuntime:
         if last or not isinstance(wrapped, DistributedDataParallel):
             return contextlib.nullcontext()
         return wrapped.no_sync()
-
-    def _on_signal(self, *_: object) -> None:
-        self._stop_requested = True
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-        if self.rank == 0:
-            os.write(2, b"\nstopping after this step; once more to quit at once\n")  # print is not safe in a handler
 
     def _collect_vote(self) -> bool:
         if self._stop_vote is None:

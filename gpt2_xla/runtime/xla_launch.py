@@ -15,21 +15,26 @@ from typing import Any
 from gpt2_xla.config import XlaPretrainConfig
 from gpt2_xla.errors import UserError
 from gpt2_xla.runtime.base import Runtime
+from gpt2_xla.runtime.mesh import mesh_mistakes
 from gpt2_xla.runtime.replica_board import ReplicaBoard
+from gpt2_xla.runtime.stop_signals import STOP_SIGNALS
 from gpt2_xla.runtime.xla_installation import installation_mistakes
 
-STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 Work = Callable[[Any, Runtime], Any]
 
 
 def launch(config: XlaPretrainConfig, work: Work, replica: Callable[..., None] | None = None) -> None:
-    """Run work(config, runtime) on every XLA device of this host; return when all replicas have.
+    """Run work(config, runtime) on the XLA devices of this host; return when it is done.
 
-    SIGTERM and Ctrl-C stop all replicas before the same step. If one replica fails the others, which would wait for it
-    in a collective for ever, are killed, and its error is raised here. `replica` replaces `run_replica` in tests.
+    With --sharding fsdp this process does it, for all devices. Else xmp.spawn starts a replica per device: SIGTERM and
+    Ctrl-C stop all replicas before the same step; if one fails the others, which would wait for it in a collective for
+    ever, are killed, and its error is raised here. `replica` replaces `run_replica` in tests.
     """
-    if mistakes := installation_mistakes():
+    if mistakes := machine_mistakes(config):
         raise UserError(mistakes)
+    if config.runtime.sharding == "fsdp":
+        run_sharded(config, work)
+        return
     import torch_xla.distributed.xla_multiprocessing as xmp
 
     # Starting it later would unblock the signals again (CPython's resource_tracker does).
@@ -50,6 +55,17 @@ def launch(config: XlaPretrainConfig, work: Work, replica: Callable[..., None] |
         supervisor.finish()
         board.remove()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def run_sharded(config: XlaPretrainConfig, work: Work) -> None:
+    """Drive all devices of this host from this process, which handles its signals itself."""
+    from gpt2_xla.runtime.xla_spmd_runtime import XlaSpmdRuntime
+
+    runtime = XlaSpmdRuntime(config.runtime)
+    try:
+        work(config, runtime)
+    finally:
+        runtime.close()
 
 
 def run_replica(index: int, board_path: str, parent: int, config: XlaPretrainConfig, work: Work) -> None:  # noqa: ARG001
@@ -73,6 +89,22 @@ def die_with(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getpid() != parent and os.getppid() != parent:  # it died before the call above
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def machine_mistakes(config: XlaPretrainConfig) -> list[str]:
+    """What the options ask of this machine that it cannot do.
+
+    With --sharding fsdp this starts the devices. Without, it must not: xmp.spawn's children could not use them any more.
+    """
+    mistakes = installation_mistakes()
+    if mistakes or config.runtime.sharding == "none":
+        return mistakes
+    from gpt2_xla.runtime.xla_spmd_runtime import start_devices
+
+    try:
+        return mesh_mistakes(config, config.runtime.mesh, *start_devices())
+    except UserError:  # of --mesh itself, which validation.py has told
+        return []
 
 
 class _Supervisor(threading.Thread):

@@ -27,7 +27,7 @@ from gpt2_xla.model import GPT
 from gpt2_xla.runtime.base import CompileStats
 from gpt2_xla.runtime.micro_step_loop import MicroStepLoop
 from gpt2_xla.runtime.peaks import tpu_peak
-from gpt2_xla.runtime.replica_board import ReplicaBoard
+from gpt2_xla.runtime.stop_signals import StopSource
 from gpt2_xla.runtime.torch_runtime import clip_gradients
 from gpt2_xla.runtime.xla_profile import xla_profile
 
@@ -37,27 +37,32 @@ _cache_lock = threading.Lock()
 class XlaRuntime:
     """See `Runtime`. Operations are queued as a graph, which end_step() compiles once and then only launches."""
 
-    def __init__(self, config: XlaConfig, board: ReplicaBoard) -> None:
+    def __init__(self, config: XlaConfig, board: StopSource) -> None:
         self.config, self._board = config, board
         if config.compile_cache:
             _open_compile_cache(Path(config.compile_cache))
         self.device = torch_xla.device()
         self.rank, self.world_size = xr.global_ordinal(), xr.world_size()
         self._loops: dict[tuple[nn.Module, torch.Size], MicroStepLoop] = {}
+        self.device_count = self.world_size  # over all hosts
         if config.mixed_precision == "no":
             _set_matmul_precision(config.matmul_precision)
 
     def describe(self) -> str:
-        return f"{self.world_size} × XLA {xr.device_type()} (torch_xla {torch_xla.__version__})"
+        return f"{self.device_count} × XLA {xr.device_type()} (torch_xla {torch_xla.__version__})"
 
     def place(self, model: nn.Module) -> nn.Module:
         model.to(self.device)
         if isinstance(model, GPT):
             model.tie_weights()  # moving to an XLA device makes two tensors of a tied one
-        if self.world_size > 1:
-            xm.broadcast_master_param(model)
+        self._lay_out(model)
         torch_xla.sync()
         return model
+
+    def _lay_out(self, model: nn.Module) -> None:
+        """Before the first launch: who holds which part of the weights. Here every replica gets rank 0's."""
+        if self.world_size > 1:
+            xm.broadcast_master_param(model)
 
     def build_optimizer(self, model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
         if not self.config.use_syncfree_optim:
@@ -71,10 +76,14 @@ class XlaRuntime:
             optimizers.prime_state(model, optimizer)
             for state in optimizer.state.values():
                 state["max_exp_avg_sq"] = torch.empty(0, dtype=torch.float, device=self.device)
+        self._lay_out_state(model, optimizer)
         torch_xla.sync()
         return optimizer
 
-    def batches(self, host_batches: Iterator[Tensor]) -> Generator[Tensor, None, None]:
+    def _lay_out_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Before the first launch: who holds which part of the optimizer's state. Here every replica has all of it."""
+
+    def batches(self, host_batches: Iterator[Tensor], rows_dim: int) -> Generator[Tensor, None, None]:
         source = _Relay(host_batches)
         loader = MpDeviceLoader(
             source,
@@ -82,6 +91,7 @@ class XlaRuntime:
             loader_prefetch_size=self.config.loader_prefetch_size,
             device_prefetch_size=self.config.device_prefetch_size,
             batches_per_execution=2**62,  # end_step() alone launches
+            input_sharding=self._input_sharding(rows_dim),
         )
         try:
             yield from loader
@@ -89,6 +99,10 @@ class XlaRuntime:
         finally:
             if loader._parallel_loader is not None:  # private, checked on 2.9: the loader has no close() of its own
                 loader._parallel_loader.close()
+
+    def _input_sharding(self, rows_dim: int) -> Any:  # noqa: ARG002
+        """How a batch lies on the devices, for MpDeviceLoader; here a replica has one device."""
+        return None
 
     def seed_dropout(self, seed: int) -> None:
         # The seed enters the graph as data, not as a constant: no recompile.
@@ -106,10 +120,7 @@ class XlaRuntime:
         return self._loops[key](batch)
 
     def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, loss: Tensor) -> Tensor:
-        if self.world_size > 1:
-            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-            # One all-reduce for all of them; replaces them by the results.
-            xm.all_reduce(xm.REDUCE_SUM, [*gradients, loss], scale=1.0 / self.world_size)
+        self._average([*(parameter.grad for parameter in model.parameters() if parameter.grad is not None), loss])
         norm = clip_gradients(model, max_grad_norm)
         if self.config.use_syncfree_optim:
             # A norm that is not finite means a gradient that is not: the step is skipped on the device.
@@ -118,6 +129,11 @@ class XlaRuntime:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return torch.stack([loss, norm])
+
+    def _average(self, tensors: list[Tensor]) -> None:
+        """Replace gradients and loss by their means over the replicas, in one all-reduce."""
+        if self.world_size > 1:
+            xm.all_reduce(xm.REDUCE_SUM, tensors, scale=1.0 / self.world_size)
 
     def mean(self, value: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -180,7 +196,7 @@ class XlaRuntime:
         if xr.device_type() != "TPU" or self.config.mixed_precision == "no":
             return None
         peak = tpu_peak(xm.xla_device_kind(self.device))
-        return peak * self.world_size if peak else None
+        return peak * self.device_count if peak else None
 
     def close(self) -> None:
         self._board.close()
