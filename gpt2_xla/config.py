@@ -323,6 +323,9 @@ class BenchOptions:
     steps: int = option(20, "steps to time, after 3 that warm up")
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option("auto", "device of the torch rows")
     compile: bool = option(False, "compile the torch rows with torch.compile")
+    bare: bool = option(
+        True, "hold XLA rows of one device against a hand-written loop of the same model, in turns in the same process"
+    )
 
 
 @dataclass(frozen=True)

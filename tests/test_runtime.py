@@ -163,7 +163,15 @@ def test_a_step_with_nan_gradients_changes_nothing(make_runtime):
 @pytest.mark.xla
 def test_the_benchmark_measures_both_runtimes():
     rows = run(*PYTHON, str(ROOT / "scripts" / "bench.py"), *BENCH, "--runtimes", "torch", "xla").splitlines()
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if row.startswith("| 1 ×")]
-    assert [cell[0].split(",")[0] for cell in cells] == ["1 × cpu", "1 × XLA CPU (torch_xla 2.9.0)"]
+    cells = [
+        [cell.strip() for cell in row.strip("|").split("|")] for row in rows if row.startswith(("| 1 ×", "| bare"))
+    ]
+    assert [cell[0].split(",")[0] for cell in cells] == [
+        "1 × cpu",
+        "1 × XLA CPU (torch_xla 2.9.0)",
+        "bare torch_xla loop",
+    ]
     assert all(float(cell[2].replace(",", "")) > 0 for cell in cells)
-    assert int(cells[1][7]) > 0
+    assert int(cells[1][8]) > 0
+    assert float(cells[1][3]) > 0
+    assert len({cell[-1] for cell in cells}) == 1  # all three computed the same loss

@@ -52,11 +52,10 @@ class CompileWatch:
         stats = self._runtime.compile_stats()
         if not stats.count and not stats.cache_hits:
             return ""
-        text = (
-            f"compiled {stats.count} programs in {stats.seconds:.1f} s, {self.recompiles} of them after warm-up; "
-            f"{stats.executions - self._start.executions:,} executions, "
-            f"{stats.fetches - self._start.fetches:,} copies to the host"
-        )
+        text = f"compiled {stats.count} programs in {stats.seconds:.1f} s, {self.recompiles} of them after warm-up"
+        if stats.executions:
+            text += f"; {stats.executions - self._start.executions:,} executions"
+            text += f", {stats.fetches - self._start.fetches:,} copies to the host"
         if stats.cache_hits or stats.cache_misses:
             text += f"; --compile-cache: {stats.cache_hits} hits, {stats.cache_misses} misses"
         if stats.cache_failures:
