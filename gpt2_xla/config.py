@@ -269,7 +269,11 @@ class FinewebConfig:
     shard_size: int = option(100_000_000, "tokens per shard")
     valid_tokens: int = option(
         10_000_000,
-        "valid/ takes the documents with the smallest hashes of their ids until it holds this many tokens; at most a tenth of the tokens of a small source",
+        "valid/ takes documents that --valid-share sets apart, by the smallest hashes of their ids, until it holds this many tokens; 0 for no valid/",
+    )
+    valid_share: float = option(
+        0.001,
+        "share of all documents that is never trained on, by the hashes of their ids, however the source grows; what --valid-tokens does not take of it is left out",
     )
     dedup: Literal["no", "exact"] = option("no", "exact drops documents whose text came before, byte for byte")
     num_workers: int | None = option(None, "processes that tokenize; default: one per core; changes speed, never bytes")

@@ -270,7 +270,7 @@ def test_a_crash_at_any_step_is_continued(tmp_path: Path, crash_at: dict, monkey
     config = FinewebConfig(str(tmp_path / "a.parquet"), tokenizer="bytes", num_workers=1, shard_size=3000)
 
     def run(out: Path) -> dict[str, bytes]:
-        prepare.prepare_fineweb(replace(config, output_dir=str(out), dedup="exact", valid_tokens=1500))
+        prepare.prepare_fineweb(replace(config, output_dir=str(out), dedup="exact", valid_tokens=1500, valid_share=0.2))
         return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
 
     expected = run(tmp_path / "whole")

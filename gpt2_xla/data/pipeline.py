@@ -13,7 +13,7 @@ from typing import Any
 from gpt2_xla.config import FinewebConfig, PrepareConfig
 from gpt2_xla.data import assemble
 from gpt2_xla.data import manifest as manifests
-from gpt2_xla.data.assemble import ShardJob, SplitPlan
+from gpt2_xla.data.assemble import Division, ShardJob, SplitPlan
 from gpt2_xla.data.encoder import DocumentEncoder
 from gpt2_xla.data.inputs import InputFile, UnreadableInput
 from gpt2_xla.data.manifest import InputEntry, Manifest, ShardEntry
@@ -92,7 +92,7 @@ def identity(job: Job) -> dict[str, Any]:
     """All that decides the bytes, as plain JSON."""
     options = {name: value for name, value in vars(job.config).items() if name not in NOT_IN_COMMAND}
     return {
-        "version": f"1, units of {UNIT_BYTES} bytes",
+        "version": f"2, units of {UNIT_BYTES} bytes",
         "options": {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()},
         "tokenizer_hash": job.tokenizer.hash,
         "source": list(job.source),
@@ -210,41 +210,42 @@ def _make_splits(job: Job, plan: Plan, work: Path) -> None:
             remove(work)
             raise UserError(f"{', '.join(job.source)}: there is no text in it")
         duplicates = find_duplicates(parts, records) if dedup else Duplicates({})
-        splits = _split_plans(job, work, records, duplicates)
-        _write_shards(job, work, records, duplicates, splits, pool, progress, tuple(bad.values()))
+        division = _divide(job, work, records, duplicates)
+        _write_shards(job, work, records, duplicates, division, pool, progress, tuple(bad.values()))
     if checked := sum(record.checked for record in records):
         print(f"{checked:,} documents tokenized a second time, with tiktoken: no difference")
 
 
-def _split_plans(job: Job, work: Path, records: list[UnitRecord], dups: Duplicates) -> list[SplitPlan]:
+def _divide(job: Job, work: Path, records: list[UnitRecord], dups: Duplicates) -> Division:
     """Made once: the tokens that it looks at may be gone when a killed run continues."""
     file = work / "splits.json"
     if file.exists():
-        return [SplitPlan(**split) for split in json.loads(file.read_text(encoding="utf-8"))]
+        return Division.from_json(json.loads(file.read_text(encoding="utf-8")))
     parts = work / "units"
     try:
-        splits = _decide(job, parts, records, dups)
+        division = _decide(job, parts, records, dups)
     except UserError:
         remove(work)  # no continuation could mend it
         raise
     with atomic_write(file) as out:
-        out.write(json.dumps([asdict(split) for split in splits]).encode())
-    return splits
+        out.write(json.dumps(asdict(division)).encode())
+    return division
 
 
-def _decide(job: Job, parts: Path, records: list[UnitRecord], dups: Duplicates) -> list[SplitPlan]:
+def _decide(job: Job, parts: Path, records: list[UnitRecord], dups: Duplicates) -> Division:
+    if not job.has_valid:
+        return assemble.without_valid(parts, records, dups)
     if isinstance(job.config, FinewebConfig):
-        wanted = job.config.valid_tokens
-        threshold = hash_threshold(parts, records, dups, wanted) if wanted else None
-        return assemble.by_hash(parts, records, dups, threshold)
-    if job.config.valid_fraction == 0:
-        return assemble.by_hash(parts, records, dups, None)
-    splits = assemble.at_fraction(parts, records, dups, job.config.valid_fraction, job.tokenizer, job.dtype)
-    if not splits[-1].tokens:
+        share = job.config.valid_share
+        threshold = hash_threshold(parts, records, dups, job.config.valid_tokens, share)
+        return assemble.by_hash(parts, records, dups, threshold, share)
+    division = assemble.at_fraction(parts, records, dups, job.config.valid_fraction, job.tokenizer, job.dtype)
+    if not division.splits[-1].tokens:
         raise UserError(
-            f"{', '.join(job.source)}: too little text to split ({splits[0].tokens} tokens); use a smaller share for valid/"
+            f"{', '.join(job.source)}: too little text to split ({division.splits[0].tokens} tokens); "
+            "use a smaller share for valid/"
         )
-    return splits
+    return division
 
 
 def _write_shards(
@@ -252,7 +253,7 @@ def _write_shards(
     work: Path,
     records: list[UnitRecord],
     dups: Duplicates,
-    splits: list[SplitPlan],
+    division: Division,
     pool: Pool,
     progress: Progress,
     skipped: tuple[str, ...],
@@ -261,7 +262,7 @@ def _write_shards(
     parts = work / "units"
     jobs = [
         shard
-        for split in splits
+        for split in division.splits
         for shard in assemble.shard_jobs(
             parts, records, dups, split, work / split.name, job.dtype, job.config.shard_size
         )
@@ -279,13 +280,18 @@ def _write_shards(
             users[unit].discard(name)
             if not users[unit]:
                 part_path(parts, unit, "tokens").unlink(missing_ok=True)
-    for split in splits:
+    for split in division.splits:
         mine = tuple(entries[shard.path.name] for shard in jobs if shard.split == split)
-        manifests.write(work / split.name, _manifest(job, split, mine, dups, skipped))
+        manifests.write(work / split.name, _manifest(job, division, split, mine, dups, skipped))
 
 
 def _manifest(
-    job: Job, split: SplitPlan, entries: tuple[ShardEntry, ...], dups: Duplicates, skipped: tuple[str, ...]
+    job: Job,
+    division: Division,
+    split: SplitPlan,
+    entries: tuple[ShardEntry, ...],
+    dups: Duplicates,
+    skipped: tuple[str, ...],
 ) -> Manifest:
     return Manifest(
         split=split.name,
@@ -303,6 +309,8 @@ def _manifest(
         command=job.command,
         inputs=tuple(job.inputs),
         split_rule=split.rule,
+        unused_documents=division.unused_documents,
+        unused_tokens=division.unused_tokens,
         duplicates=dups.total if job.config.dedup == "exact" else None,
         skipped_files=skipped,
     )
