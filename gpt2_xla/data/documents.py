@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpt2_xla.data.encoder import SAFE_CUT
+from gpt2_xla.data.cuts import SAFE_CUT
 from gpt2_xla.data.inputs import InputFile, UnreadableInput
 from gpt2_xla.data.units import Columns, Unit, open_binary, open_parquet
-from gpt2_xla.tokenizer import replace_surrogates
+from gpt2_xla.tokenizer import encode_utf8, replace_surrogates
 
 BATCH_BYTES = 4 * 2**20
 
@@ -102,9 +102,11 @@ def _jsonl_rows(unit: Unit, columns: Columns) -> Iterator[tuple[str, bytes]]:
             line = lines.readline()
             if not line:
                 return
-            if line.strip():
-                yield _jsonl_document(file, line, position, columns)
+            document = None if line.isspace() else _jsonl_document(file, line, position, columns)
             position += len(line)
+            del line  # it may be as long as all the rest
+            if document is not None:
+                yield document
 
 
 def _decompressed(name: str, source: Any) -> Any:
@@ -131,7 +133,7 @@ def _jsonl_document(file: InputFile, line: bytes, position: int, columns: Column
         raise UnreadableInput(file.name, f"{place} has no text in --text-column {columns.text}; its fields: {fields}")
     name = row.get(columns.id) if columns.id else None
     name = name if isinstance(name, str | int) else f"{file.name}#{position}"
-    return replace_surrogates(str(name)), replace_surrogates(row[columns.text]).encode()
+    return replace_surrogates(str(name)), encode_utf8(row[columns.text])
 
 
 def _place(file: InputFile, position: int, columns: Columns) -> str:

@@ -5,9 +5,8 @@ unit's documents is tokenized twice to keep it so.
 """
 
 import base64
-import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gpt2_xla.data import cuts
 from gpt2_xla.errors import UserError
 from gpt2_xla.tokenizer import ByteTokenizer, TiktokenTokenizer, Tokenizer
 
@@ -22,10 +22,7 @@ from gpt2_xla.tokenizer import ByteTokenizer, TiktokenTokenizer, Tokenizer
 PRETOKENIZERS = {"gpt2": "gpt2", "r50k_base": "r50k", "cl100k_base": "cl100k", "o200k_base": "o200k"}
 CHECKED = 1 / 1000  # share of the documents that are tokenized a second time, by the reference
 CACHE_LIMIT = 200 * 2**20  # gigatoken remembers every word it has seen, without end: 2 GB after 300 MB of random words
-LONG = 2**20  # bytes; documents above are tokenized in pieces
-PIECE = 2**18
-# Between a letter or digit and a newline no rule of PRETOKENIZERS looks ahead or behind, so both sides tokenize alone.
-SAFE_CUT = re.compile(rb"[A-Za-z0-9](?=\n)")
+AT_ONCE = 5 * 2**20  # bytes of text for one call of an encoder, which takes many times that while it works
 
 
 class Encoder(Protocol):
@@ -117,16 +114,8 @@ def fast_encoder(tokenizer: Tokenizer, fast: bool = True) -> Encoder:
 
 
 def can_cut(tokenizer: Tokenizer) -> bool:
-    """Whether a text may be cut at SAFE_CUT without changing its tokens."""
+    """Whether a text may be cut as gpt2_xla.data.cuts does without changing its tokens."""
     return isinstance(tokenizer, ByteTokenizer) or tokenizer.name in PRETOKENIZERS
-
-
-def pieces_of(text: bytes) -> list[bytes]:
-    """A long text in pieces of about PIECE bytes, cut where it may be; in one where nowhere is."""
-    cuts = [0]
-    while found := SAFE_CUT.search(text, cuts[-1] + PIECE):
-        cuts.append(found.end())
-    return [text[start:stop] for start, stop in pairwise([*cuts, len(text)])]
 
 
 @dataclass(frozen=True)
@@ -144,6 +133,7 @@ class DocumentEncoder:
         self._fast = fast_encoder(tokenizer, fast)
         self._reference = ReferenceEncoder(tokenizer)
         self._may_cut = can_cut(tokenizer)
+        self._decode = tokenizer.decode_bytes
         self.checked = 0
 
     @property
@@ -153,17 +143,40 @@ class DocumentEncoder:
 
     def encode(self, texts: list[bytes], ids: list[str], random: np.random.Generator) -> Encoded:
         """Ids of some documents, valid UTF-8 each. UserError that names the document whose ids differ from the reference's."""
-        pieces = [pieces_of(text) if self._may_cut and len(text) > LONG else [text] for text in texts]
-        tokens, counts = self._fast.encode([piece for document in pieces for piece in document])
+        places = [self._cuts(text) for text in texts]
+        pieces = (text[start:stop] for text, own in zip(texts, places, strict=True) for start, stop in pairwise(own))
+        tokens, counts = self._encode(pieces)
         ends = np.concatenate([[0], np.cumsum(counts)])  # of the pieces
-        first = np.concatenate([[0], np.cumsum([len(document) for document in pieces])])  # piece of each document
+        first = np.concatenate([[0], np.cumsum([len(own) - 1 for own in places])])  # piece of each document
         if self._fast.name not in (self._reference.name, "bytes") and texts:
             for i in random.choice(len(texts), -(-len(texts) // int(1 / CHECKED)), replace=False):
                 # Two neighbours, so that the cut between them is checked too.
-                at = int(random.integers(max(1, len(pieces[i]) - 1)))
-                start, stop = ends[first[i] + at], ends[first[i] + min(at + 2, len(pieces[i]))]
-                self._check(b"".join(pieces[i][at : at + 2]), tokens[start:stop], ids[i])
+                at = int(random.integers(max(1, len(places[i]) - 2)))
+                until = min(at + 2, len(places[i]) - 1)
+                found = tokens[ends[first[i] + at] : ends[first[i] + until]]
+                self._check(texts[i][places[i][at] : places[i][until]], found, ids[i])
         return Encoded(tokens, np.diff(ends[first]))
+
+    def _cuts(self, text: bytes) -> list[int]:
+        if not self._may_cut or len(text) <= cuts.LONG:
+            return [0, len(text)]
+        return cuts.cuts_in_runs(text, cuts.cuts_of(text), lambda piece: self._fast.encode([piece])[0], self._decode)
+
+    def _encode(self, pieces: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all pieces (N,) and of each (len(pieces),), some MB of text at a time."""
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        batch: list[bytes] = []
+        size = 0
+        for piece in pieces:
+            if batch and size + len(piece) > AT_ONCE:
+                found.append(self._fast.encode(batch))
+                batch, size = [], 0
+            batch.append(piece)
+            size += len(piece)
+        found.append(self._fast.encode(batch))
+        if len(found) == 1:  # nearly always
+            return found[0]
+        return np.concatenate([ids for ids, _ in found]), np.concatenate([counts for _, counts in found])
 
     def _check(self, text: bytes, found: np.ndarray, name: str) -> None:
         expected, _ = self._reference.encode([text])
