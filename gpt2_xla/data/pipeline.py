@@ -14,6 +14,7 @@ from gpt2_xla.config import FinewebConfig, PrepareConfig
 from gpt2_xla.data import assemble
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.assemble import Division, ShardJob, SplitPlan
+from gpt2_xla.data.downloads import DownloadsAhead
 from gpt2_xla.data.encoder import DocumentEncoder
 from gpt2_xla.data.inputs import InputFile, UnreadableInput
 from gpt2_xla.data.manifest import InputEntry, Manifest, ShardEntry
@@ -199,9 +200,7 @@ def _make_splits(job: Job, plan: Plan, work: Path) -> None:
         Pool(min(job.workers, max(1, len(plan.units))), Worker, work, worker) as pool,
         Progress(plan, job.output_dir, list(finished.values())) as progress,
     ):
-        for record in pool.run("tokenize", [unit for unit in plan.units if unit.index not in finished]):
-            finished[record.index] = record
-            progress.unit(record)
+        _tokenize(job, [unit for unit in plan.units if unit.index not in finished], finished, pool, progress)
         bad = plan.bad | {name: what for record in finished.values() for name, what in record.bad.items()}
         if bad and not config.skip_bad_files:
             raise UserError([*bad.values(), "an earlier run skipped these files; give --skip-bad-files again"])
@@ -214,6 +213,16 @@ def _make_splits(job: Job, plan: Plan, work: Path) -> None:
         _write_shards(job, work, records, duplicates, division, pool, progress, tuple(bad.values()))
     if checked := sum(record.checked for record in records):
         print(f"{checked:,} documents tokenized a second time, with tiktoken: no difference")
+
+
+def _tokenize(job: Job, units: list[Unit], finished: dict[int, UnitRecord], pool: Pool, progress: Progress) -> None:
+    """Add the records of the units to the finished ones."""
+    unit_of = {unit.index: unit for unit in units}
+    with DownloadsAhead(units, job.columns, job.workers) as downloads:
+        for record in pool.run("tokenize", units):
+            finished[record.index] = record
+            progress.unit(record)
+            downloads.finished(unit_of[record.index])
 
 
 def _divide(job: Job, work: Path, records: list[UnitRecord], dups: Duplicates) -> Division:
