@@ -241,7 +241,8 @@ class PrepareConfig:
     num_workers: int | None = option(None, "processes that tokenize; default: one per core; changes speed, never bytes")
     skip_bad_files: bool = option(False, "leave out files that can't be read, whole, instead of stopping at them")
     fast_tokenizer: bool = option(
-        True, "tokenize with gigatoken where it knows the vocabulary, one document in 1000 checked against tiktoken"
+        True,
+        "tokenize with gigatoken where it knows the vocabulary, one document in 1000 checked against tiktoken or tokenizers",
     )
     dry_run: bool = option(False, "print what would be done, and the disk it needs, and do nothing")
     seed: int = option(1337, "picks the documents that are tokenized a second time; decides no byte of the shards")
@@ -279,7 +280,8 @@ class FinewebConfig:
     num_workers: int | None = option(None, "processes that tokenize; default: one per core; changes speed, never bytes")
     skip_bad_files: bool = option(False, "leave out files that can't be read, whole, instead of stopping at them")
     fast_tokenizer: bool = option(
-        True, "tokenize with gigatoken where it knows the vocabulary, one document in 1000 checked against tiktoken"
+        True,
+        "tokenize with gigatoken where it knows the vocabulary, one document in 1000 checked against tiktoken or tokenizers",
     )
     dry_run: bool = option(False, "print what would be done, and the disk it needs, and do nothing")
     seed: int = option(1337, "picks the documents that are tokenized a second time; decides no byte of the shards")

@@ -212,6 +212,16 @@ class HuggingFaceTokenizer:
         content["end_of_text"] = self._end_name
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
+    def ordinary_json(self) -> str | None:
+        """A tokenizer.json that makes the same ids of any text without being told to leave special tokens alone.
+
+        None where it can't be: tokens that are added but not special are looked for in every text.
+        """
+        content = json.loads(self._json)
+        if not all(token.get("special") for token in content.get("added_tokens") or []):
+            return None
+        return json.dumps(content | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None})
+
     @cached_property
     def _byte_of_character(self) -> dict[str, int] | None:
         """Byte-level vocabularies spell each byte as one printable character; None for other vocabularies."""

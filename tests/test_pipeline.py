@@ -18,14 +18,11 @@ import pytest
 import zstandard
 
 from gpt2_xla.config import FinewebConfig, PrepareConfig
-from gpt2_xla.data import cuts, prepare, prepare_report, splits, units
-from gpt2_xla.data import encoder as encoders
 from gpt2_xla.data import manifest as manifests
-from gpt2_xla.data.encoder import DocumentEncoder, GigatokenEncoder, fast_encoder
-from gpt2_xla.data.inputs import inputs_of
+from gpt2_xla.data import prepare, prepare_report, splits, units
 from gpt2_xla.data.shards import open_shard
 from gpt2_xla.errors import UserError
-from gpt2_xla.tokenizer import load_tokenizer, replace_surrogates
+from gpt2_xla.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 EOT = 256
@@ -40,140 +37,6 @@ def tokens_of(folder: Path) -> list[int]:
 def text_config(source: Path | str, output: Path, **options) -> PrepareConfig:
     defaults = PrepareConfig((str(source),), "bytes", str(output), num_workers=1, valid_fraction=0.0)
     return replace(defaults, **options)
-
-
-def weird_texts() -> list[str]:
-    """Texts that tokenizers get wrong, and random ones from every corner of Unicode."""
-    texts = ["\0", "a\0b\0\0", " ", "\n \n  x", "  " * 500 + "x", "<|endoftext|>", "a<|endoftext|>b", "\ufffd\ufffdb"]
-    texts += [
-        "日本語",
-        "👨‍👩‍👧‍👦",
-        "\u202e\u200b\u00a0\u2003x",
-        "é" * 999,
-        "'s 't 'S 're",
-        "٣٤٥ ௧",
-        "a" * 5000,
-        "1" * 999,
-    ]
-    texts += [
-        "\r\n\r\n\t\tx",
-        "\x85x\u2028y\x1cz",
-        "\ufeffbom",
-        "½²³ⅷ",
-        "ǅʰª",
-        "\U0010ffff\U000e0001",
-        "lone \ud800 \udc00x",
-    ]
-    random = np.random.default_rng(0)
-    ranges = [
-        (32, 127),
-        (0, 0x300),
-        (0x300, 0xD800),
-        (0xE000, 0x11000),
-        (0x10000, 0x110000),
-        (32, 33),
-        (9, 14),
-        (39, 40),
-    ]
-    for _ in range(1500):
-        picked = [ranges[i] for i in random.integers(0, len(ranges), random.integers(1, 150))]
-        texts.append("".join(chr(random.integers(low, high)) for low, high in picked))
-    return [replace_surrogates(text) for text in texts]
-
-
-# Encoders
-
-
-def test_gigatoken_makes_tiktokens_tokens(shared_data: Path, tiktoken_cache: Path) -> None:
-    tokenizer = load_tokenizer("gpt2")
-    fast = fast_encoder(tokenizer)
-    assert isinstance(fast, GigatokenEncoder)
-    pages = [
-        row
-        for file in sorted((shared_data / "web_sample").iterdir())
-        for row in pq.read_table(file)["text"].to_pylist()
-    ]
-    code = [Path(file.url).read_text() for file in inputs_of("stdlib", "--source")[:100]]
-    for texts in (weird_texts(), pages, code):
-        ids, counts = fast.encode([text.encode() for text in texts])
-        parts = np.split(ids, np.cumsum(counts)[:-1])
-        for text, part in zip(texts, parts, strict=True):
-            assert part.tolist() == tokenizer.encode(text), text[:100]
-
-
-def test_a_full_cache_is_thrown_away_and_changes_nothing(tiktoken_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fast = GigatokenEncoder(load_tokenizer("gpt2"))
-    before, _ = fast.encode([b"some words"] * 3)
-    first = fast._backend
-    monkeypatch.setattr(encoders, "CACHE_LIMIT", -(2**40))
-    again, _ = fast.encode([b"some words"] * 3)
-    assert fast._backend is not first
-    assert before.tolist() == again.tolist()
-
-
-@pytest.mark.parametrize("name", ["gpt2", "bytes"])
-def test_long_documents_are_cut_where_it_changes_nothing(
-    name: str, shared_data: Path, tiktoken_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuts, "LONG", 1000)
-    monkeypatch.setattr(cuts, "PIECE", 100)
-    monkeypatch.setattr(encoders, "AT_ONCE", 5000)
-    tokenizer = load_tokenizer(name)
-    texts = [
-        (shared_data / "tinyshakespeare.txt").read_bytes(),
-        b"no cut " * 999,
-        "".join(weird_texts()).encode(),
-        Path(inputs_of("stdlib", "--source")[0].url).read_bytes(),
-        b"a",
-    ]
-    assert len(cuts.cuts_of(texts[0])) > 4000
-    encoded = DocumentEncoder(tokenizer).encode(texts, list("abcde"), np.random.default_rng(0))
-    parts = np.split(encoded.tokens, np.cumsum(encoded.counts)[:-1])
-    assert [part.tolist() for part in parts] == [tokenizer.encode(text.decode()) for text in texts]
-
-
-def test_runs_without_a_word_end_are_cut_where_it_changes_nothing(
-    tiktoken_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuts, "LONG", 3000)
-    monkeypatch.setattr(cuts, "PIECE", 500)
-    tokenizer = load_tokenizer("gpt2")
-    random = np.random.default_rng(0)
-    letters = [b"a", b"ab", b"ABCXYZabcxyz", b"ACGT", b"theandofing", bytes([*range(65, 91), *range(97, 123)])]
-    texts = [bytes(random.choice(list(letter), 10_000).tolist()) for letter in letters for _ in range(3)]
-    texts += [sign * 10_001 for sign in (b"-", b"=", b"'", b"!?", b"1", "語".encode(), b"\n", b"word")]
-    texts += [b"'r" + b"e" * 4000 + b"'s \xc3\xa9" + b"x" * 4000 + b"   \n " + b"-" * 4000 + b"'ll", b"x" * 3500]
-    encoder = DocumentEncoder(tokenizer)
-    cut = 0
-    for text in texts:
-        places = encoder._cuts(text)
-        cut += len(places) > 4
-        assert max(np.diff(places)) <= 1000 or len(places) < 4
-        encoded = encoder.encode([text], ["name"], random)
-        assert encoded.tokens.tolist() == tokenizer.encode(text.decode()), text[:20]
-    assert cut > 20
-
-
-def test_a_sample_of_documents_is_held_against_the_reference(tmp_path: Path, tiktoken_cache: Path, monkeypatch) -> None:
-    lines = [json.dumps({"text": f"document {i} says hello", "id": f"<{i}>"}) for i in range(2500)]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    encoder = DocumentEncoder(load_tokenizer("gpt2"))
-    encoder.encode([b"text"] * 2500, ["x"] * 2500, np.random.default_rng(0))
-    assert encoder.checked == 3
-
-    honest = GigatokenEncoder.encode
-
-    def wrong(self: GigatokenEncoder, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        ids, counts = honest(self, texts)
-        return ids + 1, counts
-
-    monkeypatch.setattr(GigatokenEncoder, "encode", wrong)
-    config = text_config(tmp_path / "a.jsonl", tmp_path / "out", tokenizer="gpt2")
-    with pytest.raises(UserError, match=r"document a.jsonl#\d+: gigatoken makes other tokens of it than tiktoken"):
-        prepare.prepare_text(config)
-    prepare.prepare_text(replace(config, fast_tokenizer=False))
-    first = load_tokenizer("gpt2").encode("document 0 says hello")
-    assert tokens_of(tmp_path / "out" / "train")[: len(first)] == first
 
 
 # Units and documents

@@ -15,7 +15,7 @@ from gpt2_xla.data import assemble
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.assemble import Division, ShardJob, SplitPlan
 from gpt2_xla.data.downloads import DownloadsAhead
-from gpt2_xla.data.encoder import DocumentEncoder
+from gpt2_xla.data.encoder import DocumentEncoder, reference_name
 from gpt2_xla.data.inputs import InputFile, UnreadableInput
 from gpt2_xla.data.manifest import InputEntry, Manifest, ShardEntry
 from gpt2_xla.data.output import publish, remove
@@ -212,7 +212,7 @@ def _make_splits(job: Job, plan: Plan, work: Path) -> None:
         division = _divide(job, work, records, duplicates)
         _write_shards(job, work, records, duplicates, division, pool, progress, tuple(bad.values()))
     if checked := sum(record.checked for record in records):
-        print(f"{checked:,} documents tokenized a second time, with tiktoken: no difference")
+        print(f"{checked:,} documents tokenized a second time, by {reference_name(job.tokenizer)}: no difference")
 
 
 def _tokenize(job: Job, units: list[Unit], finished: dict[int, UnitRecord], pool: Pool, progress: Progress) -> None:
