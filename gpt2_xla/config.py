@@ -40,6 +40,8 @@ class ModelConfig:
         return self.vocab_size if self.vocab_size is not None else 50257
 
 
+OUTPUT_DIR = "folder that receives train/ and valid/"
+
 # Sizes from the GPT-2 paper, table 2, with the head counts of the released models. `tiny` is for laptops.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(seq_length=128, d_model=192, num_layers=4, num_heads=4),
@@ -225,32 +227,18 @@ class XlaPretrainConfig(PretrainConfig):
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
-    """Preparing data"""
+class TextSource:
+    """Where prepare_text.py reads."""
 
     source: tuple[str, ...] = option(
         ("pydoc",),
         "pydoc (Python's language reference), stdlib (its library's source), files or folders (.txt, .md, .rst, .py, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), or their hf://, s3://, gs:// addresses",
     )
-    tokenizer: str = option("gpt2", "bytes, a tiktoken name such as gpt2, or a Hugging Face tokenizer.json or folder")
-    output_dir: str = option("data/pydoc", "folder that receives train/ and valid/")
-    text_column: str = option("text", "field of .jsonl and .parquet rows that holds the text")
-    valid_fraction: float = option(0.1, "share of the tokens, at their end, that becomes valid/")
-    dedup: Literal["no", "exact"] = option("no", "exact drops documents whose text came before, byte for byte")
-    shard_size: int = option(100_000_000, "tokens per shard")
-    num_workers: int | None = option(None, "processes that tokenize; default: one per core; changes speed, never bytes")
-    skip_bad_files: bool = option(False, "leave out files that can't be read, whole, instead of stopping at them")
-    fast_tokenizer: bool = option(
-        True,
-        "tokenize with gigatoken where it knows the vocabulary, one document in 1000 checked against tiktoken or tokenizers",
-    )
-    dry_run: bool = option(False, "print what would be done, and the disk it needs, and do nothing")
-    seed: int = option(1337, "picks the documents that are tokenized a second time; decides no byte of the shards")
 
 
 @dataclass(frozen=True)
-class FinewebConfig:
-    """Preparing FineWeb"""
+class HubSource:
+    """Where prepare_fineweb.py reads."""
 
     dataset: str = option(
         "HuggingFaceFW/fineweb",
@@ -259,24 +247,22 @@ class FinewebConfig:
     name: str = option("sample-10BT", "configuration of the dataset, for FineWeb also sample-100BT or sample-350BT")
     split: str = option("train", "split of the dataset")
     fineweb_edu: bool = option(False, "use HuggingFaceFW/fineweb-edu")
-    text_column: str = option("text", "column that holds the text")
     id_column: str = option(
         "id", "column that names each document and so puts it into train/ or valid/; without it, file and row do"
     )
     streaming: bool = option(False, "read over the network without storing the raw text")
     cache_dir: str | None = option(None, "where downloads are kept; default: Hugging Face's cache")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What both commands that prepare data do with what they read."""
+
     tokenizer: str = option("gpt2", "bytes, a tiktoken name such as gpt2, or a Hugging Face tokenizer.json or folder")
-    output_dir: str = option("data/fineweb", "folder that receives train/ and valid/")
-    shard_size: int = option(100_000_000, "tokens per shard")
-    valid_tokens: int = option(
-        10_000_000,
-        "valid/ takes documents that --valid-share sets apart, by the smallest hashes of their ids, until it holds this many tokens; 0 for no valid/",
-    )
-    valid_share: float = option(
-        0.001,
-        "share of all documents that is never trained on, by the hashes of their ids, however the source grows; what --valid-tokens does not take of it is left out",
-    )
+    output_dir: str = option("data/pydoc", OUTPUT_DIR)
+    text_column: str = option("text", "column, or field of .jsonl rows, that holds the text")
     dedup: Literal["no", "exact"] = option("no", "exact drops documents whose text came before, byte for byte")
+    shard_size: int = option(100_000_000, "tokens per shard")
     num_workers: int | None = option(None, "processes that tokenize; default: one per core; changes speed, never bytes")
     skip_bad_files: bool = option(False, "leave out files that can't be read, whole, instead of stopping at them")
     fast_tokenizer: bool = option(
@@ -285,6 +271,29 @@ class FinewebConfig:
     )
     dry_run: bool = option(False, "print what would be done, and the disk it needs, and do nothing")
     seed: int = option(1337, "picks the documents that are tokenized a second time; decides no byte of the shards")
+
+
+# A dataclass takes the fields of its last base first: where from, what to do with it, and what is its own.
+@dataclass(frozen=True)
+class PrepareConfig(Preparation, TextSource):
+    """Preparing data"""
+
+    valid_fraction: float = option(0.1, "share of the tokens, at their end, that becomes valid/")
+
+
+@dataclass(frozen=True)
+class FinewebConfig(Preparation, HubSource):
+    """Preparing FineWeb"""
+
+    output_dir: str = option("data/fineweb", OUTPUT_DIR)
+    valid_tokens: int = option(
+        10_000_000,
+        "valid/ takes documents that --valid-share sets apart, by the smallest hashes of their ids, until it holds this many tokens; 0 for no valid/",
+    )
+    valid_share: float = option(
+        0.001,
+        "share of all documents that is never trained on, by the hashes of their ids, however the source grows; what --valid-tokens does not take of it is left out",
+    )
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import numpy as np
 
 from gpt2_xla.data.manifest import ShardEntry
 from gpt2_xla.data.parts import UnitRecord, open_tokens, read_documents, read_ids
-from gpt2_xla.data.shards import atomic_write, write_shard_parts
+from gpt2_xla.data.shards import write_shard_parts
 from gpt2_xla.data.splits import Duplicates, keep_mask, kept_units, set_apart
+from gpt2_xla.durable_files import atomic_write
 from gpt2_xla.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 COPIED_AT_ONCE = 2**22  # tokens

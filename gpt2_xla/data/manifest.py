@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from gpt2_xla.data.shards import DTYPES, atomic_write, read_header
+from gpt2_xla.data.shards import DTYPES, read_header
+from gpt2_xla.durable_files import atomic_write
 from gpt2_xla.errors import UserError
 
 FILE_NAME = "manifest.json"
@@ -51,7 +52,6 @@ class Manifest:
     documents: int | None = None  # end-of-text tokens
     text_bytes: int | None = None  # UTF-8 bytes of the text behind the tokens, for bits per byte
     source: tuple[str, ...] = ()
-    seed: int | None = None
     command: str | None = None  # the options that decide the bytes; where they go and how fast is left out
     inputs: tuple[InputEntry, ...] = ()  # all that was read; built-in sources are told by their version in `source`
     split_rule: str | None = None  # which documents are in this split

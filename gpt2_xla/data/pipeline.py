@@ -21,16 +21,18 @@ from gpt2_xla.data.manifest import InputEntry, Manifest, ShardEntry
 from gpt2_xla.data.output import publish, remove
 from gpt2_xla.data.parts import UnitRecord, part_path, read_record, write_part, write_record
 from gpt2_xla.data.prepare_report import Progress, check_disk, disk_free, disk_needed, plan_table
-from gpt2_xla.data.shards import atomic_write, dtype_for
+from gpt2_xla.data.shards import dtype_for
 from gpt2_xla.data.splits import Duplicates, find_duplicates, hash_threshold
 from gpt2_xla.data.units import UNIT_BYTES, Columns, Plan, Unit
 from gpt2_xla.data.workers import Pool, default_workers
+from gpt2_xla.durable_files import atomic_write
 from gpt2_xla.errors import UserError
 from gpt2_xla.tokenizer import Tokenizer, load_tokenizer
 
 # Options that say where the data goes, how fast it gets there and what to do about trouble; all others decide its bytes.
 NOT_IN_COMMAND = {
     "output_dir", "num_workers", "cache_dir", "streaming", "skip_bad_files", "fast_tokenizer", "dry_run",
+    "seed",
 }  # fmt: skip
 Config = PrepareConfig | FinewebConfig
 
@@ -314,7 +316,6 @@ def _manifest(
         documents=sum(entry.documents or 0 for entry in entries),
         text_bytes=split.text_bytes,
         source=job.source,
-        seed=job.config.seed,
         command=job.command,
         inputs=tuple(job.inputs),
         split_rule=split.rule,
