@@ -85,7 +85,7 @@ def test_one_file_splits_at_the_byte(tmp_path: Path) -> None:
 
 def test_documents_end_with_end_of_text_and_empty_ones_are_left_out(tmp_path: Path) -> None:
     lines = "\n".join(json.dumps({"body": text}) for text in TEXTS)
-    (tmp_path / "a.jsonl").write_text(lines + "\n\n")
+    (tmp_path / "a.jsonl").write_text(lines + '\n{"body": null}\n \n\n')
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.write(lines)
     write_parquet(tmp_path / "c.parquet", ["row", None, "", "last"], "body")

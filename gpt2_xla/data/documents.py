@@ -120,14 +120,17 @@ def _decompressed(name: str, source: Any) -> Any:
     return source
 
 
-def _jsonl_document(file: InputFile, line: bytes, position: int, columns: Columns) -> tuple[str, bytes]:
+def _jsonl_document(file: InputFile, line: bytes, position: int, columns: Columns) -> tuple[str, bytes] | None:
+    """A line's id and text; None where the text is null, as a row of parquet may be."""
     try:
         row: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UnreadableInput(
             file.name, f"{_place(file, position, columns)} is not a line of JSON ({error})"
         ) from error
-    if not isinstance(row, dict) or not isinstance(row.get(columns.text, None), str):
+    if isinstance(row, dict) and row.get(columns.text, "") is None:
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get(columns.text), str):
         fields = ", ".join(map(str, row)) if isinstance(row, dict) else f"a {type(row).__name__}, no object"
         place = _place(file, position, columns)
         raise UnreadableInput(file.name, f"{place} has no text in --text-column {columns.text}; its fields: {fields}")
