@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from gpt2_xla.config import (
-    BenchConfig,
     DataConfig,
     PretrainConfig,
     RunConfig,
@@ -27,6 +26,7 @@ from gpt2_xla.config import (
     to_dict,
 )
 from gpt2_xla.runtime.base import Runtime
+from gpt2_xla.script_config import BenchConfig
 
 WARMUP_STEPS = 3
 TURNS = 10
