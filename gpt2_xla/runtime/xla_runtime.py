@@ -186,7 +186,7 @@ class XlaRuntime:
     def profile(self, folder: Path, name: str) -> AbstractContextManager[str]:  # noqa: ARG002 - XProf names its files
         return xla_profile(folder)
 
-    def peak_memory(self) -> int:
+    def peak_memory(self) -> int | None:
         if xr.device_type() == "TPU":
             information = xm.get_memory_info(self.device)
             return int(information.get("peak_bytes_used", information["bytes_used"]))
@@ -195,8 +195,12 @@ class XlaRuntime:
     def peak_flops(self) -> float | None:
         if xr.device_type() != "TPU" or self.config.mixed_precision == "no":
             return None
-        peak = tpu_peak(xm.xla_device_kind(self.device))
+        peak = tpu_peak(self._device_kind())
         return peak * self.device_count if peak else None
+
+    def _device_kind(self) -> str:
+        """What PJRT calls a device of this kind."""
+        return xm.xla_device_kind(self.device)
 
     def close(self) -> None:
         self._board.close()
@@ -237,7 +241,8 @@ def _open_compile_cache(folder: Path) -> None:
 
     Raises `UserError` if it cannot be written.
     """
-    ordinal = xr.global_ordinal()
+    # Under SPMD a host has one program for all its devices, and the ordinal is 0 on every host.
+    ordinal = xr.process_index() if xr.is_spmd() else xr.global_ordinal()
     own = folder / f"replica-{ordinal}"
     try:
         own.mkdir(parents=True, exist_ok=True)
