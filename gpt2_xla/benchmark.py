@@ -100,7 +100,7 @@ class _OurLoop:
         from gpt2_xla.model import build_model, flops_per_token, parameter_count
         from gpt2_xla.train import Run
 
-        model = build_model(config.model, config.runtime.loss_chunk, config.run.seed)
+        model = build_model(config.model, config.runtime.loss_chunk, config.run.seed, config.runtime.vocab_multiple)
         self.parameters = parameter_count(model)
         self.flops_per_token = flops_per_token(config.model, self.parameters)
         self.data = PretrainingData.open(config, runtime.rank, runtime.world_size)

@@ -44,6 +44,8 @@ class ModelConfig:
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(seq_length=128, d_model=192, num_layers=4, num_heads=4),
     "gpt2": dict(seq_length=1024, d_model=768, num_layers=12, num_heads=12),
+    # As many parameters and FLOPs, but heads of D = 128, the width of a TPU's matrix unit: 64 leaves half of it idle.
+    "gpt2-6h": dict(seq_length=1024, d_model=768, num_layers=12, num_heads=6),
     "gpt2-medium": dict(seq_length=1024, d_model=1024, num_layers=24, num_heads=16),
     "gpt2-large": dict(seq_length=1024, d_model=1280, num_layers=36, num_heads=20),
     "gpt2-xl": dict(seq_length=1024, d_model=1600, num_layers=48, num_heads=25),
@@ -148,6 +150,14 @@ class RuntimeConfig:
         None,
         "save and stop when more than N programs were compiled after warm-up, the first time of each kind of work; default: warn only",
     )
+    vocab_multiple: int = option(
+        1,
+        "pad the output matrix to a multiple of N rows while the loss is computed (128 fills a TPU's matrix units); the padding is in no parameter and no checkpoint",
+    )
+    activation_checkpointing: Literal["none", "block", "selective"] = option(
+        "none",
+        "activations to compute again in the backward pass instead of keeping them: of each block all but its input; or, selective, the attention matrices alone",
+    )
 
 
 @dataclass(frozen=True)
@@ -185,6 +195,14 @@ class XlaConfig(RuntimeConfig):
     device_prefetch_size: int = option(4, "device batches that MpDeviceLoader keeps ready")
     compile_cache: str | None = option(
         None, "folder that keeps compiled programs for the next start, one subfolder per replica; no use on CPU"
+    )
+    scan_layers: bool = option(
+        False,
+        "trace one block and loop over the layers: a program that barely grows with --num-layers, for more memory traffic",
+    )
+    attention: Literal["auto", "flash", "math"] = option(
+        "auto",
+        "flash is the Pallas kernel, which never stores the T x T matrices, on TPU v4 and later; auto takes it where it can run, else math",
     )
 
 

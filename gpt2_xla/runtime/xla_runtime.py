@@ -29,6 +29,7 @@ from gpt2_xla.runtime.micro_step_loop import MicroStepLoop
 from gpt2_xla.runtime.peaks import tpu_peak
 from gpt2_xla.runtime.stop_signals import StopSource
 from gpt2_xla.runtime.torch_runtime import clip_gradients
+from gpt2_xla.runtime.xla_levers import pull_levers
 from gpt2_xla.runtime.xla_profile import xla_profile
 
 _cache_lock = threading.Lock()
@@ -45,16 +46,18 @@ class XlaRuntime:
         self.rank, self.world_size = xr.global_ordinal(), xr.world_size()
         self._loops: dict[tuple[nn.Module, torch.Size], MicroStepLoop] = {}
         self.device_count = self.world_size  # over all hosts
+        self._attention = ""  # chosen when the model is placed
         if config.mixed_precision == "no":
             _set_matmul_precision(config.matmul_precision)
 
     def describe(self) -> str:
-        return f"{self.device_count} × XLA {xr.device_type()} (torch_xla {torch_xla.__version__})"
+        return f"{self.device_count} × XLA {xr.device_type()} (torch_xla {torch_xla.__version__}){self._attention}"
 
     def place(self, model: nn.Module) -> nn.Module:
         model.to(self.device)
         if isinstance(model, GPT):
             model.tie_weights()  # moving to an XLA device makes two tensors of a tied one
+            self._attention = f", {pull_levers(model, self.config, self.device)} attention"
         self._lay_out(model)
         torch_xla.sync()
         return model
