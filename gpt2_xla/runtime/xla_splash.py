@@ -1,0 +1,114 @@
+"""Causal attention by jax's Pallas kernel for TPUs ("splash"), which never stores the (B, H, T, T) matrices.
+
+Of the forward pass only the output and one log-sum-exp a row (float32 (B, H, T)) are kept; the stock flash kernel keeps two
+float32 (B, H, T, 128). Checked on jax 0.7.1 and torch_xla 2.9.0, whose own wrapper of this kernel needs a mesh and runs the
+forward pass a second time.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch_xla
+import torch_xla.core.xla_builder as xb
+from torch import Tensor
+
+BLOCK = 1024  # queries and keys that the kernel takes at once
+
+
+def splash_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, interpret: bool = False) -> Tensor:
+    """See `Attend`: q, k, v (B, H, T, D) -> (B, H, T, D). `interpret` runs the kernel's steps as plain XLA, on any device."""
+    assert dropout == 0.0
+    dtype = torch.get_autocast_dtype("xla") if torch.is_autocast_enabled("xla") else q.dtype
+    # The kernel has no scale of its own.
+    q = (q * (1 / math.sqrt(q.shape[-1]))).to(dtype)
+    return _Splash.apply(q, k.to(dtype), v.to(dtype), interpret)
+
+
+class _Splash(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, interpret: bool) -> Tensor:
+        kernel = _kernel(tuple(q.shape), str(q.dtype).removeprefix("torch."), interpret)
+        out, *residuals = kernel.forward(q.contiguous(), k.contiguous(), v.contiguous())
+        ctx.save_for_backward(*residuals)
+        ctx.kernel = kernel
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v = ctx.kernel.backward(gradients[0].contiguous(), *ctx.saved_tensors)
+        return q, k, v, None
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """The forward and the backward pass for one shape, as XLA computations."""
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, ...]]
+
+
+@functools.cache
+def _kernel(shape: tuple[int, int, int, int], dtype: str, interpret: bool) -> _Kernel:
+    """Trace the kernel with jax. What jax.vjp keeps for the backward pass becomes results of the forward computation."""
+    import jax
+    import jax.export
+
+    jax.config.update("jax_platforms", "cpu")  # jax traces only; it must not take the TPU from torch_xla
+    kernel = jax.vmap(_splash(*shape[1:], interpret))
+    rebuild: list[Any] = []
+
+    def forward(q: Any, k: Any, v: Any) -> Any:
+        out, pullback = jax.vjp(kernel, q, k, v)
+        residuals, structure = jax.tree.flatten(pullback)
+        rebuild.append(structure)
+        return out, *residuals
+
+    def backward(gradient: Any, *residuals: Any) -> Any:
+        return jax.tree.unflatten(rebuild[-1], residuals)(gradient)
+
+    # Exporting, unlike lowering, writes the kernel in the version that the pinned libtpu reads.
+    export = functools.partial(jax.export.export, platforms=("cpu" if interpret else "tpu",))
+    one = jax.ShapeDtypeStruct(shape, dtype)
+    there = export(jax.jit(forward))(one, one, one)
+    residuals = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in there.out_avals[1:])
+    back = export(jax.jit(backward, keep_unused=True))(one, *residuals)
+    return _Kernel(_as_function("xla::splash_forward", there), _as_function("xla::splash_backward", back))
+
+
+def _splash(heads: int, length: int, head_dim: int, interpret: bool) -> Any:
+    """The kernel for q, k, v (H, T, D)."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    block = math.gcd(length, BLOCK)
+    layouts = splash_attention_kernel.QKVLayout
+    # A TPU's memory is laid out in rows of 128: with D = 64 in the rows half of it would be filling.
+    layout = layouts.HEAD_DIM_MINOR if head_dim % 128 == 0 else layouts.SEQ_MINOR
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        use_fused_bwd_kernel=True,
+        q_layout=layout,
+        k_layout=layout,
+        v_layout=layout,
+    )
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads)
+    return splash_attention_kernel.make_splash_mha_single_device(mask=mask, block_sizes=sizes, interpret=interpret)
+
+
+def _as_function(name: str, exported: Any) -> Callable[..., tuple[Tensor, ...]]:
+    """An exported jax function on XLA tensors. jaxlib's and torch_xla's private parts, checked on the versions above."""
+    from jax._src.lib import xla_client
+
+    computation = xla_client._xla.mlir.mlir_module_to_xla_computation(
+        exported.mlir_module(), use_tuple_args=False, return_tuple=True
+    )
+    program = xb.computation_from_module_proto(name, computation.as_serialized_hlo_module_proto())
+    return lambda *tensors: torch_xla._XLAC._xla_user_computation(name, list(tensors), program)
