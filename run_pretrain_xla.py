@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Pretrain a GPT on XLA devices through PJRT, one replica per device: `PJRT_DEVICE=TPU python run_pretrain_xla.py …`
-(or `PJRT_DEVICE=CPU` to try it without one)."""
+"""Pretrain a GPT on XLA devices through PJRT: `PJRT_DEVICE=TPU python run_pretrain_xla.py …` runs one replica per device,
+`--sharding fsdp` one model cut up over all of them (`PJRT_DEVICE=CPU` to try it without a TPU)."""
 
 import sys
 
@@ -9,11 +9,11 @@ from gpt2_xla.errors import run_main
 
 
 def main() -> None:
-    from gpt2_xla.runtime.xla_launch import installation_mistakes, launch
+    from gpt2_xla.runtime.xla_launch import launch, machine_mistakes
     from gpt2_xla.startup import pretrain_config
     from gpt2_xla.train import pretrain
 
-    config = pretrain_config(XlaPretrainConfig, sys.argv[1:], __doc__, lambda _: installation_mistakes())
+    config = pretrain_config(XlaPretrainConfig, sys.argv[1:], __doc__, machine_mistakes)
     launch(config, pretrain)
 
 

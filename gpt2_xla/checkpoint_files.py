@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gpt2_xla.durable_files import flush
 from gpt2_xla.errors import UserError
 
 RECORD = "trainer_state/COMPLETE"  # JSON: size and sha256 of every other file; written last
@@ -123,15 +124,6 @@ def sha256(file: Path) -> str:
     """The file's sha256, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Force a file's or folder's content from the page cache to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_folder(final: Path, fill: Callable[[Path], None]) -> None:

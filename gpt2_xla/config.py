@@ -40,6 +40,8 @@ class ModelConfig:
         return self.vocab_size if self.vocab_size is not None else 50257
 
 
+OUTPUT_DIR = "folder that receives train/ and valid/"
+
 # Sizes from the GPT-2 paper, table 2, with the head counts of the released models. `tiny` is for laptops.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(seq_length=128, d_model=192, num_layers=4, num_heads=4),
@@ -141,6 +143,13 @@ class RuntimeConfig:
     loss_chunk: int = option(
         2048, "tokens per chunk of output layer and loss, so that no full float32 logits are ever held; 0 for one chunk"
     )
+    profile_steps: str | None = option(
+        None, "profile steps FIRST:LAST, both included and counted as in the log, into the run folder's profile/"
+    )
+    max_recompiles: int | None = option(
+        None,
+        "save and stop when more than N programs were compiled after warm-up, the first time of each kind of work; default: warn only",
+    )
 
 
 @dataclass(frozen=True)
@@ -160,12 +169,25 @@ class TorchConfig(RuntimeConfig):
 class XlaConfig(RuntimeConfig):
     """Device and precision"""
 
-    mp_start_method: Literal["spawn", "fork"] = option("spawn", "how xmp.spawn starts the replicas' processes")
+    sharding: Literal["none", "fsdp"] = option(
+        "none",
+        "none: each device has a copy of the model (xmp.spawn); fsdp: weights, gradients and optimizer state are cut up over the devices of --mesh (SPMD, one process per host)",
+    )
+    mesh: str | None = option(
+        None,
+        "devices along each axis of --sharding fsdp, as in data=2,fsdp=2,tensor=2: data copies the model, fsdp cuts it, tensor cuts attention heads and the MLP too; default: all devices on fsdp",
+    )
+    mp_start_method: Literal["spawn", "fork"] = option(
+        "spawn", "how xmp.spawn starts the replicas' processes (--sharding none)"
+    )
     use_syncfree_optim: bool = option(
         True, "torch_xla's sync-free AdamW/Adam, which skips a step with non-finite gradients on the device"
     )
     loader_prefetch_size: int = option(8, "host batches that MpDeviceLoader keeps ready")
     device_prefetch_size: int = option(4, "device batches that MpDeviceLoader keeps ready")
+    compile_cache: str | None = option(
+        None, "folder that keeps compiled programs for the next start, one subfolder per replica; no use on CPU"
+    )
 
 
 @dataclass(frozen=True)
@@ -205,31 +227,18 @@ class XlaPretrainConfig(PretrainConfig):
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
-    """Preparing data"""
+class TextSource:
+    """Where prepare_text.py reads."""
 
     source: tuple[str, ...] = option(
         ("pydoc",),
         "pydoc (Python's language reference), stdlib (its library's source), files or folders (.txt, .md, .rst, .py, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), or their hf://, s3://, gs:// addresses",
     )
-    tokenizer: str = option("gpt2", "bytes, a tiktoken name such as gpt2, or a Hugging Face tokenizer.json or folder")
-    output_dir: str = option("data/pydoc", "folder that receives train/ and valid/")
-    text_column: str = option("text", "field of .jsonl and .parquet rows that holds the text")
-    valid_fraction: float = option(0.1, "share of the tokens, at their end, that becomes valid/")
-    dedup: Literal["no", "exact"] = option("no", "exact drops documents whose text came before, byte for byte")
-    shard_size: int = option(100_000_000, "tokens per shard")
-    num_workers: int | None = option(None, "processes that tokenize; default: one per core; changes speed, never bytes")
-    skip_bad_files: bool = option(False, "leave out files that can't be read, whole, instead of stopping at them")
-    fast_tokenizer: bool = option(
-        True, "tokenize with gigatoken where it knows the vocabulary, one document in 1000 checked against tiktoken"
-    )
-    dry_run: bool = option(False, "print what would be done, and the disk it needs, and do nothing")
-    seed: int = option(1337, "picks the documents that are tokenized a second time; decides no byte of the shards")
 
 
 @dataclass(frozen=True)
-class FinewebConfig:
-    """Preparing FineWeb"""
+class HubSource:
+    """Where prepare_fineweb.py reads."""
 
     dataset: str = option(
         "HuggingFaceFW/fineweb",
@@ -238,27 +247,53 @@ class FinewebConfig:
     name: str = option("sample-10BT", "configuration of the dataset, for FineWeb also sample-100BT or sample-350BT")
     split: str = option("train", "split of the dataset")
     fineweb_edu: bool = option(False, "use HuggingFaceFW/fineweb-edu")
-    text_column: str = option("text", "column that holds the text")
     id_column: str = option(
         "id", "column that names each document and so puts it into train/ or valid/; without it, file and row do"
     )
     streaming: bool = option(False, "read over the network without storing the raw text")
     cache_dir: str | None = option(None, "where downloads are kept; default: Hugging Face's cache")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What both commands that prepare data do with what they read."""
+
     tokenizer: str = option("gpt2", "bytes, a tiktoken name such as gpt2, or a Hugging Face tokenizer.json or folder")
-    output_dir: str = option("data/fineweb", "folder that receives train/ and valid/")
-    shard_size: int = option(100_000_000, "tokens per shard")
-    valid_tokens: int = option(
-        10_000_000,
-        "valid/ takes the documents with the smallest hashes of their ids until it holds this many tokens; at most a tenth of the tokens of a small source",
-    )
+    output_dir: str = option("data/pydoc", OUTPUT_DIR)
+    text_column: str = option("text", "column, or field of .jsonl rows, that holds the text")
     dedup: Literal["no", "exact"] = option("no", "exact drops documents whose text came before, byte for byte")
+    shard_size: int = option(100_000_000, "tokens per shard")
     num_workers: int | None = option(None, "processes that tokenize; default: one per core; changes speed, never bytes")
     skip_bad_files: bool = option(False, "leave out files that can't be read, whole, instead of stopping at them")
     fast_tokenizer: bool = option(
-        True, "tokenize with gigatoken where it knows the vocabulary, one document in 1000 checked against tiktoken"
+        True,
+        "tokenize with gigatoken where it knows the vocabulary, one document in 1000 checked against tiktoken or tokenizers",
     )
     dry_run: bool = option(False, "print what would be done, and the disk it needs, and do nothing")
     seed: int = option(1337, "picks the documents that are tokenized a second time; decides no byte of the shards")
+
+
+# A dataclass takes the fields of its last base first: where from, what to do with it, and what is its own.
+@dataclass(frozen=True)
+class PrepareConfig(Preparation, TextSource):
+    """Preparing data"""
+
+    valid_fraction: float = option(0.1, "share of the tokens, at their end, that becomes valid/")
+
+
+@dataclass(frozen=True)
+class FinewebConfig(Preparation, HubSource):
+    """Preparing FineWeb"""
+
+    output_dir: str = option("data/fineweb", OUTPUT_DIR)
+    valid_tokens: int = option(
+        10_000_000,
+        "valid/ takes documents that --valid-share sets apart, by the smallest hashes of their ids, until it holds this many tokens; 0 for no valid/",
+    )
+    valid_share: float = option(
+        0.001,
+        "share of all documents that is never trained on, by the hashes of their ids, however the source grows; what --valid-tokens does not take of it is left out",
+    )
 
 
 @dataclass(frozen=True)
@@ -303,6 +338,9 @@ class BenchOptions:
     steps: int = option(20, "steps to time, after 3 that warm up")
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option("auto", "device of the torch rows")
     compile: bool = option(False, "compile the torch rows with torch.compile")
+    bare: bool = option(
+        True, "hold XLA rows of one device against a hand-written loop of the same model, in turns in the same process"
+    )
 
 
 @dataclass(frozen=True)
@@ -341,6 +379,21 @@ class InspectConfig:
     )
     against_documents: int = option(100, "documents of --against to compare")
     text_column: str = option("text", "field of .jsonl and .parquet rows of --against that holds the text")
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """What to examine"""
+
+    train_dir: tuple[str, ...] = option((), "training data to check, as the training commands take it")
+    valid_dir: str | None = option(None, "validation data to check")
+    verify_data: Literal["auto", "full", "size"] = option(
+        "auto", "check shards: full compares sha256, size only lengths, auto is full up to 1 GiB"
+    )
+    checkpoints_dir: str = option(
+        "runs/gpt2", "run folder whose disk is measured and whose newest checkpoint is checked"
+    )
+    time_limit: int = option(60, "seconds for all checks together; what has not ended by then is killed and reported")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

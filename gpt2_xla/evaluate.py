@@ -18,7 +18,7 @@ def evaluate(forward: nn.Module, host_batches: Iterator[Tensor], runtime: Runtim
     forward.eval()
     total = torch.zeros(2).to(runtime.device)  # copied, not computed: every batch runs one and the same graph
     with torch.no_grad():
-        for batch in runtime.batches(host_batches):
+        for batch in runtime.batches(host_batches, rows_dim=0):
             total = total + evaluation_step(forward, batch, runtime)
             runtime.end_step()
     forward.train(was_training)

@@ -19,13 +19,12 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int 
     sum in float32. With `chunk` tokens at a time, the gradients are formed in the forward pass, while a chunk's logits
     are at hand: three matmuls per chunk as in the plain way, without recomputation and without the whole logits.
     """
-    hidden, targets = hidden.flatten(0, 1), targets.flatten()  # (B, T, C) -> (B·T, C)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):
-        if not chunk or chunk >= hidden.shape[0]:
-            logits = F.linear(hidden.to(dtype), weight.to(dtype)).float()
-            total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        if not chunk or chunk >= targets.numel():
+            logits = F.linear(hidden.to(dtype), weight.to(dtype)).float()  # (B, T, C) -> (B, T, V)
+            total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
         else:
             # Inside of forward() gradients are off and needs_input_grad is true under no_grad too: say it here.
             wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
@@ -34,7 +33,10 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int 
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Summed cross-entropy of hidden (N, C) @ weight.T (C, V) at targets (N,), `chunk` rows at a time."""
+    """Summed cross-entropy of hidden (B, T, C) @ weight.T (C, V) at targets (B, T), about `chunk` tokens at a time.
+
+    A chunk is a stretch of every sequence: where devices hold some of the sequences each, all have a part of each chunk.
+    """
 
     @staticmethod
     def forward(
@@ -45,7 +47,11 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden = []
         # float32 also when the matmuls are bf16: a sum over many chunks would lose bits.
         grad_weight = torch.zeros_like(weight) if wants_gradient else None
-        for rows, row_targets in zip(hidden.to(dtype).split(chunk), targets.split(chunk), strict=True):
+        stretch = max(1, chunk // targets.shape[0])
+        for part, part_targets in zip(
+            hidden.to(dtype).split(stretch, dim=1), targets.split(stretch, dim=1), strict=True
+        ):
+            rows, row_targets = part.flatten(0, 1), part_targets.flatten()  # (B, stretch, C) -> (chunk, C)
             counted = row_targets != IGNORED
             index = row_targets.where(counted, 0).unsqueeze(1)
             logits = F.linear(rows, matrix).float()  # (chunk, C) -> (chunk, V)
@@ -56,10 +62,10 @@ class _ChunkedLoss(torch.autograd.Function):
                 grad_logits = (logits - log_normalizer).exp_()
                 grad_logits.scatter_add_(1, index, torch.full_like(log_normalizer, -1.0))
                 grad_logits = (grad_logits * counted.unsqueeze(1)).to(dtype)
-                grad_hidden.append(grad_logits @ matrix)  # (chunk, V) -> (chunk, C)
+                grad_hidden.append((grad_logits @ matrix).view_as(part))  # (chunk, V) -> (B, stretch, C)
                 grad_weight += grad_logits.T @ rows
         if grad_weight is not None:
-            ctx.save_for_backward(torch.cat(grad_hidden).to(hidden.dtype), grad_weight)
+            ctx.save_for_backward(torch.cat(grad_hidden, dim=1).to(hidden.dtype), grad_weight)
         return total
 
     @staticmethod

@@ -99,6 +99,8 @@ class ProgressBar:
         shown = {"loss": f"{record['loss']:.4f}", "tokens/s": f"{record['tokens_per_second']:,.0f}"}
         if record.get("mfu") is not None:
             shown["MFU"] = f"{record['mfu']:.1%}"
+        if record.get("compiles"):
+            shown["compiles"] = f"{record['compiles']} in {record['compile_seconds']:.0f} s"
         self._bar.set_postfix(shown, refresh=False)
 
     def advance(self, step: int) -> None:

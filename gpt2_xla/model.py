@@ -4,6 +4,7 @@ Letters: B batch, T sequence length, C model dimension, H heads, D head dimensio
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 
 from gpt2_xla.config import ModelConfig
 from gpt2_xla.loss import next_token_loss
+
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # q, k, v (B, H, T, D) and dropout -> (B, H, T, D)
 
 
 class GPT(nn.Module):
@@ -44,7 +47,11 @@ class GPT(nn.Module):
         x = self.ln_f(x)
         if targets is None:
             return self.lm_head(x)  # (B, T, C) -> (B, T, V)
-        return next_token_loss(x, self.lm_head.weight, targets, self.loss_chunk)
+        return next_token_loss(x, self.output_matrix(), targets, self.loss_chunk)
+
+    def output_matrix(self) -> Tensor:
+        """The output layer's weight (V, C); a method because a runtime may have to gather it."""
+        return self.lm_head.weight
 
     def initialize(self, seed: int) -> None:
         """Draw the initial weights as GPT-2 did: N(0, 0.02), residual projections scaled by 1/sqrt(2 num_layers).
@@ -87,18 +94,25 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
         self.c_proj = nn.Linear(config.d_model, config.d_model)
         self.drop = nn.Dropout(config.dropout)
+        self.attend: Attend = causal_attention
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         heads = (batch, length, self.num_heads, width // self.num_heads)
-        q, k, v = (
-            t.view(heads).transpose(1, 2) for t in self.c_attn(x).split(width, dim=2)
-        )  # (B, T, C) -> (B, H, T, D)
-        dropout = self.dropout if self.training else 0.0
-        # is_causal needs no stored mask, and its lower triangle is cut from no buffer.
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        q, k, v = (t.view(heads).transpose(1, 2) for t in self.qkv(x))  # (B, T, C) -> (B, H, T, D)
+        y = self.attend(q, k, v, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(batch, length, width)  # (B, H, T, D) -> (B, T, C)
         return self.drop(self.c_proj(y))
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of x, each (B, T, C); their own method because a runtime may cut them by heads."""
+        return self.c_attn(x).split(x.shape[2], dim=2)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, each position seeing itself and those before it."""
+    # is_causal needs no stored mask, and its lower triangle is cut from no buffer.
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
 class MLP(nn.Module):

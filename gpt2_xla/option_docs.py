@@ -6,6 +6,7 @@ from gpt2_xla.config import (
     BenchConfig,
     BenchLoaderConfig,
     DataBenchConfig,
+    DoctorConfig,
     FinewebConfig,
     GenerateConfig,
     InspectConfig,
@@ -24,6 +25,7 @@ COMMANDS = {
     "scripts/bench_data.py": DataBenchConfig,
     "scripts/bench_loader.py": BenchLoaderConfig,
     "scripts/inspect_data.py": InspectConfig,
+    "scripts/doctor.py": DoctorConfig,
 }
 
 

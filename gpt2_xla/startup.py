@@ -13,9 +13,11 @@ from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.manifest import Manifest
 from gpt2_xla.data.train_dirs import parse_train_dirs
 from gpt2_xla.errors import UserError
+from gpt2_xla.profiling import profile_mistakes
 from gpt2_xla.validation import config_mistakes
 
 Config = TypeVar("Config", bound=PretrainConfig)
+ASKED_ANEW = {"profile_steps": None}  # saved options that --resume does not take over
 
 
 def pretrain_config(
@@ -37,14 +39,14 @@ def pretrain_config(
     if source is not None:
         # The run's own options are the defaults now, so that --resume alone continues it.
         state = checkpoint.read_state(source)
-        saved = cli.from_dict(config_type, state.config)
+        saved = cli.replace_fields(cli.from_dict(config_type, state.config), ASKED_ANEW)
         parsed = cli.parse(config_type, argv, description, base=saved, mistakes=[])
         mistakes += _model_conflicts(parsed.config, saved, source)
         parsed = dataclasses.replace(parsed, config=_with_folder(parsed, source))
-        mistakes += _steps_mistakes(parsed.config, state.step)
+        mistakes += [*_steps_mistakes(parsed.config, state.step), *profile_mistakes(parsed.config, state.step)]
     mistakes += _folder_mistakes(parsed.config, source)
     config = _with_vocabulary(parsed.config, mistakes)
-    mistakes += [*config_mistakes(config), *machine_mistakes(config)]
+    mistakes += [*config_mistakes(config, parsed.explicit), *machine_mistakes(config)]
     if mistakes:
         raise UserError(list(dict.fromkeys(mistakes)))
     return config

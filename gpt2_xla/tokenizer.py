@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|end▁of▁sentence|>")
 TIKTOKEN_HOST = "openaipublic.blob.core.windows.net"
+ENCODED_AT_ONCE = 2**20  # characters
 REPLACEMENT = "\ufffd".encode()
 
 
@@ -64,6 +65,22 @@ def replace_surrogates(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def encode_utf8(text: str) -> bytes:
+    """The UTF-8 of replace_surrogates(text), a part at a time: a whole copy or two in UTF-16 would be many times a long text."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        pass
+    parts, start = [], 0
+    while start < len(text):
+        stop = start + ENCODED_AT_ONCE
+        while stop < len(text) and "\ud800" <= text[stop - 1] <= "\udbff":  # it may be half of a pair
+            stop += 1
+        parts.append(replace_surrogates(text[start:stop]).encode())
+        start = stop
+    return b"".join(parts)
 
 
 class ByteTokenizer:
@@ -194,6 +211,16 @@ class HuggingFaceTokenizer:
             content.pop(key, None)
         content["end_of_text"] = self._end_name
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def ordinary_json(self) -> str | None:
+        """A tokenizer.json that makes the same ids of any text without being told to leave special tokens alone.
+
+        None where it can't be: tokens that are added but not special are looked for in every text.
+        """
+        content = json.loads(self._json)
+        if not all(token.get("special") for token in content.get("added_tokens") or []):
+            return None
+        return json.dumps(content | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None})
 
     @cached_property
     def _byte_of_character(self) -> dict[str, int] | None:

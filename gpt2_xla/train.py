@@ -15,7 +15,9 @@ from gpt2_xla.errors import UserError
 from gpt2_xla.evaluate import evaluate
 from gpt2_xla.metrics import Metrics, open_metrics
 from gpt2_xla.model import GPT, build_model, flops_per_token, parameter_count
+from gpt2_xla.profiling import StepProfile
 from gpt2_xla.runtime.base import Runtime
+from gpt2_xla.runtime.compile_watch import CompileWatch
 from gpt2_xla.schedule import learning_rate
 from gpt2_xla.summary import epochs_text, summary
 from gpt2_xla.training_log import TrainingLog
@@ -98,8 +100,11 @@ def train(run: Run) -> None:
     A new run validates once before its first step: a loss far from ln V, or too large an evaluation batch, shows then.
     """
     config, runtime, total_steps = run.config, run.runtime, run.config.run.train_steps
+    # Rank 0's counters stand for all: replicas run one and the same program.
+    watch = CompileWatch(runtime, run.metrics.say, config.runtime.max_recompiles if runtime.rank == 0 else None)
     if run.step == 0 and run.data.valid is not None and config.run.valid_interval:
         validate(run)
+        watch.worked("validation", run.step)
     if run.step >= total_steps:
         run.metrics.say(f"all {total_steps} steps are done; a larger --train-steps goes on")
         return
@@ -107,26 +112,36 @@ def train(run: Run) -> None:
     runtime.watch_signals()
     flops = flops_per_token(config.model, parameter_count(run.model))
     log = TrainingLog(config, runtime, run.metrics, flops, run.data.train.epochs)
-    batches = runtime.batches(run.data.training(run.samples, total_steps - run.step))
+    profile = StepProfile(config, runtime, log, run.metrics)
+    batches = runtime.batches(run.data.training(run.samples, total_steps - run.step), rows_dim=1)
     run.forward.train()
     stopped = False
     try:
         while run.step < total_steps and not (stopped := runtime.should_stop(run.step)):
+            profile.before_step(run.step + 1)
             batch = log.next_batch(batches)
-            log.add(train_step(run, batch))
+            values = train_step(run, batch)
+            graph = runtime.graph_hash(values)
+            log.add(values)
             runtime.end_step()
             run.step += 1
             run.samples += config.sequences_per_step
+            watch.worked("training", run.step, batch, graph)
             log.step_done(run.step, run.samples)
+            profile.after_step(run.step)
             validate_now = run.data.valid is not None and _due(config.run.valid_interval, run.step, total_steps)
             if validate_now or _due(config.run.save_interval, run.step, total_steps):
                 log.pause()
                 loss = validate(run) if validate_now else None
+                if validate_now:
+                    watch.worked("validation", run.step)
                 if _due(config.run.save_interval, run.step, total_steps) or loss == run.best_valid_loss:
                     save(run, loss)
+                    watch.worked("saving", run.step)
                 log.resume()
     finally:
         batches.close()
+        profile.close()
     log.pause()
     run.metrics.say(f"trained on {epochs_text(run.data.train.epochs(run.samples))}")
     if stopped and run.step == 0:
@@ -135,6 +150,10 @@ def train(run: Run) -> None:
         if run.step > run.saved_step:
             save(run, None)
         run.metrics.say(f"stopped at step {run.step} of {total_steps}; the same command with --resume continues")
+    if compiled := watch.summary():
+        run.metrics.say(compiled)
+    if stopped and watch.verdict:
+        raise UserError(f"{watch.verdict}; step {run.step} is saved, and --resume with a higher limit goes on from it")
 
 
 def train_step(run: Run, batch: Tensor) -> Tensor:
@@ -143,19 +162,10 @@ def train_step(run: Run, batch: Tensor) -> Tensor:
     Nothing here depends on the step but the values of the batch, the learning rate and the dropout seed.
     """
     config, runtime = run.config, run.runtime
-    micro_steps = config.data.gradient_accum_step
     optim.set_learning_rate(run.optimizer, learning_rate(run.step, config.optim, config.run.train_steps))
     runtime.seed_dropout(dropout_seed(config.run.seed, run.step))
-    losses = []
-    for micro_step in range(micro_steps):
-        tokens = batch[micro_step]  # (A, B, T+1) -> (B, T+1)
-        with runtime.accumulate(run.forward, last=micro_step == micro_steps - 1):
-            with runtime.autocast():
-                loss = run.forward(tokens[:, :-1], tokens[:, 1:])
-            runtime.backward(loss / micro_steps)
-        losses.append(loss.detach())
-    norm = runtime.update(run.model, run.optimizer, config.optim.max_grad_norm)
-    return runtime.mean(torch.stack([torch.stack(losses).mean(), norm]))
+    loss = runtime.compute_gradients(run.forward, batch)
+    return runtime.update(run.model, run.optimizer, config.optim.max_grad_norm, loss)
 
 
 def dropout_seed(seed: int, step: int) -> int:

@@ -99,6 +99,8 @@ class TrainingLog:
                 "mfu": tokens_per_second * self._flops_per_token / peak if peak else None,
                 "compiles": compiles.count,
                 "compile_seconds": compiles.seconds,
+                "executions": compiles.executions,
+                "host_copies": compiles.fetches,
                 "peak_memory_bytes": self._runtime.peak_memory(),
                 **{f"epochs/{name}": epochs for name, epochs in self._epochs(window.samples).items()},
             }

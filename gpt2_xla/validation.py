@@ -1,18 +1,24 @@
 """Everything that can be wrong with a configuration before anything slow starts, each as one sentence."""
 
 import math
+from collections.abc import Set
 
 from gpt2_xla.config import PretrainConfig, XlaConfig
+from gpt2_xla.errors import UserError
+from gpt2_xla.profiling import profile_mistakes
+from gpt2_xla.runtime.mesh import parse_mesh
 
 
-def config_mistakes(config: PretrainConfig) -> list[str]:
-    """All mistakes that the options alone show."""
+def config_mistakes(config: PretrainConfig, explicit: Set[str] = frozenset()) -> list[str]:
+    """All mistakes that the options alone show; `explicit` names those that the command itself gave."""
     return [
         *_range_mistakes(config),
         *_model_mistakes(config),
         *_schedule_mistakes(config),
         *_logging_mistakes(config),
         *_precision_mistakes(config),
+        *profile_mistakes(config),
+        *_sharding_mistakes(config, explicit),
     ]
 
 
@@ -56,6 +62,7 @@ def _range_mistakes(config: PretrainConfig) -> list[str]:
         "--min-lr": optim.min_lr,
         "--loss-chunk": config.runtime.loss_chunk,
         "--seed": run.seed,
+        "--max-recompiles": config.runtime.max_recompiles or 0,
     }
     mistakes = [f"{flag} {value} must be at least 1" for flag, value in at_least_one.items() if value < 1]
     mistakes += [
@@ -112,3 +119,25 @@ def _precision_mistakes(config: PretrainConfig) -> list[str]:
     if isinstance(config.runtime, XlaConfig) and config.runtime.mixed_precision == "fp16":
         return ["--mixed-precision fp16 is not supported on XLA devices; use --mixed-precision bf16 or no"]
     return []
+
+
+def _sharding_mistakes(config: PretrainConfig, explicit: Set[str]) -> list[str]:
+    runtime = config.runtime
+    if not isinstance(runtime, XlaConfig):
+        return []
+    if runtime.sharding == "none":
+        if "mesh" in explicit:  # a checkpoint's may stay: without sharding it says nothing
+            return [f"--mesh {runtime.mesh} says how --sharding fsdp cuts; add --sharding fsdp, or leave --mesh out"]
+        return []
+    mistakes = []
+    if "mp_start_method" in explicit:
+        mistakes.append(
+            f"--mp-start-method {runtime.mp_start_method} has no meaning with --sharding fsdp, which starts no processes: "
+            "one drives all devices of its host; leave it out"
+        )
+    if runtime.mesh is not None:
+        try:
+            parse_mesh(runtime.mesh)
+        except UserError as error:
+            mistakes += error.mistakes
+    return mistakes

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -11,7 +11,9 @@ from urllib.parse import unquote, urlsplit
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
-def handler_for(repo: str, files: dict[str, bytes], asked: list[str]) -> type[BaseHTTPRequestHandler]:
+def handler_for(
+    repo: str, files: dict[str, bytes], asked: list[str], on_download: Callable[[str], None]
+) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -86,6 +88,8 @@ def handler_for(repo: str, files: dict[str, bytes], asked: list[str]) -> type[Ba
                 headers["Content_Range"] = f"bytes {first}-{stop - 1}/{len(body)}"
                 self.answer(body[int(first) : stop], 206, **headers)
             else:
+                if self.command == "GET":
+                    on_download(name)
                 self.answer(body, Accept_Ranges="bytes", **headers)
 
         def do_POST(self) -> None:
@@ -109,10 +113,12 @@ def handler_for(repo: str, files: dict[str, bytes], asked: list[str]) -> type[Ba
 
 
 @contextmanager
-def small_hub(repo: str, files: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]:
-    """The server's address, and the growing list of what it was asked."""
+def small_hub(
+    repo: str, files: dict[str, bytes], on_download: Callable[[str], None] = lambda name: None
+) -> Iterator[tuple[str, list[str]]]:
+    """The server's address, and the growing list of what it was asked. `on_download` is called before a file is sent whole."""
     asked: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler_for(repo, files, asked))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler_for(repo, files, asked, on_download))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

@@ -56,7 +56,7 @@ def test_a_step_never_waits_for_the_device(precision, text_data, tmp_path):
     data = PretrainingData.open(config, 0, 1)
     training = Run(config, runtime, data, model, runtime.place(model), runtime.build_optimizer(model, config.optim))
     log = TrainingLog(config, runtime, training.metrics, 1.0, data.train.epochs)
-    batches = runtime.batches(data.training(0, 40))
+    batches = runtime.batches(data.training(0, 40), rows_dim=1)
     for step in range(40):
         if step == 5:
             torch.cuda.set_sync_debug_mode("error")

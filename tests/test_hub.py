@@ -81,6 +81,23 @@ def test_a_hub_dataset_is_downloaded_once_or_streamed(tmp_path: Path, streaming:
         assert len(stored) == (0 if streaming else 2)
 
 
+def test_files_are_downloaded_while_others_are_tokenized(tmp_path: Path, tiktoken_cache: Path) -> None:
+    text = "".join(f"word{i} " for i in range(2_000_000))  # 2 s for tiktoken, against milliseconds for a download
+    files = FILES | {"sample/10BT/000_00000.parquet": parquet_of([text])}
+    downloads: list[tuple[str, int]] = []  # what was asked for, and how many units were finished then
+
+    def on_download(name: str) -> None:
+        units = (tmp_path / "out" / ".preparing" / "units").glob("*.json")
+        downloads.append((name, len(list(units))))
+
+    arguments = ["--tokenizer", "gpt2", "--no-fast-tokenizer"]
+    with small_hub("some/web", files, on_download) as (endpoint, _):
+        done = run(tmp_path / "out", tmp_path / "home", endpoint, *arguments)
+    assert done.returncode == 0, done.stderr
+    names = ["sample/10BT/000_00000.parquet", "sample/10BT/001_00000.parquet"]
+    assert [entry for entry in downloads if entry[0] != "README.md"] == [(name, 0) for name in names]  # and each once
+
+
 @pytest.mark.slow
 def test_mistakes_about_a_hub_dataset_are_one_sentence(tmp_path: Path) -> None:
     with small_hub("some/web", FILES) as (endpoint, _):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -84,7 +85,7 @@ def test_one_file_splits_at_the_byte(tmp_path: Path) -> None:
 
 def test_documents_end_with_end_of_text_and_empty_ones_are_left_out(tmp_path: Path) -> None:
     lines = "\n".join(json.dumps({"body": text}) for text in TEXTS)
-    (tmp_path / "a.jsonl").write_text(lines + "\n\n")
+    (tmp_path / "a.jsonl").write_text(lines + '\n{"body": null}\n \n\n')
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.write(lines)
     write_parquet(tmp_path / "c.parquet", ["row", None, "", "last"], "body")
@@ -120,24 +121,35 @@ def test_text_bytes_are_right_where_the_split_cuts_a_document(
         assert train.documents + valid.documents == len(texts)
 
 
-def test_fineweb_takes_whole_documents_for_valid(tmp_path: Path) -> None:
+def test_fineweb_takes_whole_documents_for_valid(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     texts = [f"document {i} " * (i % 7 + 1) for i in range(200)]
     write_parquet(tmp_path / "a.parquet", texts[:120], row_group_size=50)
     write_parquet(tmp_path / "b.parquet", texts[120:])
-    config = FinewebConfig(dataset=str(tmp_path), tokenizer="bytes", num_workers=1, shard_size=1500, id_column="number")
-    whole = stream_of(texts)
-    for want, atleast in ((500, 500), (10**7, len(whole) // 10)):
+    config = FinewebConfig(dataset=str(tmp_path), tokenizer="bytes", num_workers=1, shard_size=1500, valid_share=0.3)
+    config = replace(config, id_column="number")  # there is none: file and row are the ids
+    whole = documents_of(stream_of(texts))
+    for want in (500, 10**7):
         out = tmp_path / f".out{want}"
         prepare.prepare_fineweb(replace(config, output_dir=str(out), valid_tokens=want))
         train, valid = (documents_of(tokens_of(out / split)) for split in ("train", "valid"))
-        assert sorted(train + valid) == sorted(documents_of(whole))
         # Both keep the source's order.
-        order = {document: i for i, document in enumerate(documents_of(whole))}
-        assert train == sorted(train, key=order.__getitem__)
-        assert valid == sorted(valid, key=order.__getitem__)
-        assert atleast <= sum(map(len, valid)) + len(valid) < atleast + 100  # a document has at most 92 tokens
+        assert train == [document for document in whole if document in train]
+        assert valid == [document for document in whole if document in valid]
+        assert not set(train) & set(valid)
+        assert 120 < len(train) < 160  # 0.7 of 200
+        held = manifests.read(out / "train")
+        assert len(train) + len(valid) + held.unused_documents == 200
+        unused = sum(len(document) + 1 for document in whole if document not in train + valid)
+        assert held.unused_tokens == unused
+        said = capsys.readouterr().out
+        if want == 500:
+            assert 500 <= sum(map(len, valid)) + len(valid) < 600  # a document has at most 92 tokens
+            assert f"unused {held.unused_documents:>20} {unused:>16,}" in said
+        else:
+            assert held.unused_documents == 0
+            assert "unused" not in said
     prepare.prepare_fineweb(replace(config, output_dir=str(tmp_path / ".all"), valid_tokens=0))
-    assert tokens_of(tmp_path / ".all" / "train") == whole
+    assert documents_of(tokens_of(tmp_path / ".all" / "train")) == whole
     assert not (tmp_path / ".all" / "valid").exists()
 
 
@@ -148,31 +160,45 @@ def documents_of(tokens: list[int]) -> list[tuple[int, ...]]:
     return [tuple(tokens[start + 1 : stop]) for start, stop in pairwise(ends)]
 
 
-def test_a_growing_source_never_validates_on_what_was_trained_on(tmp_path: Path) -> None:
-    ids = [f"<urn:{i}>" for i in range(300)]
-    splits = []
-    for count in (150, 300):
-        table = pa.table({"text": [f"text {i} " * 9 for i in range(count)], "id": ids[:count]})
+@pytest.mark.parametrize("seed", range(4))
+def test_no_document_changes_sides_however_the_source_grows(tmp_path: Path, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    share, wanted = random.uniform(0.05, 0.5), int(random.integers(300, 3000))
+    names = random.permutation(400)
+    ever: dict[str, set[tuple[int, ...]]] = {"train": set(), "valid": set()}
+    for count in (40, 41, 150, 400):
+        rows = random.permutation(names[:count])  # the new ones come anywhere among the old
+        table = pa.table({"text": [f"text {i} " * 9 for i in rows], "id": [f"<urn:{i}>" for i in rows]})
         pq.write_table(table, tmp_path / f"{count}.parquet")
         out = tmp_path / str(count)
         config = FinewebConfig(dataset=str(tmp_path / f"{count}.parquet"), tokenizer="bytes", output_dir=str(out))
-        prepare.prepare_fineweb(replace(config, num_workers=1, valid_tokens=900))
-        splits.append({split: set(documents_of(tokens_of(out / split))) for split in ("train", "valid")})
-    assert splits[0]["train"] <= splits[1]["train"]
-    assert len(splits[1]["valid"]) > 5
-    assert splits[1]["valid"] & splits[0]["valid"]
+        prepare.prepare_fineweb(replace(config, num_workers=1, valid_tokens=wanted, valid_share=share))
+        now = {split: set(documents_of(tokens_of(out / split))) for split in ever}
+        ever = {split: ever[split] | now[split] for split in ever}
+        assert not ever["train"] & ever["valid"]
+        assert ever["train"] == now["train"]  # nothing leaves train/ either
+    assert len(ever["valid"]) > 2
 
 
-def test_fineweb_split_of_few_documents(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "a.parquet", ["x", "y" * 1000])
+def test_a_share_that_leaves_a_split_empty_is_one_sentence_with_a_share_that_works(tmp_path: Path) -> None:
     config = FinewebConfig(dataset=str(tmp_path / "a.parquet"), tokenizer="bytes", num_workers=1)
-    prepare.prepare_fineweb(replace(config, output_dir=str(tmp_path / "out")))
-    both = [documents_of(tokens_of(tmp_path / "out" / split)) for split in ("train", "valid")]
-    assert sorted(map(len, both)) == [1, 1]
+    for count in (2, 3, 20, 300):
+        write_parquet(tmp_path / "a.parquet", [f"text {i} " * 9 for i in range(count)])
+        for share, empty in ((1e-9, "valid"), (0.9999999, "train")):
+            out = tmp_path / f"out{count}{share}"
+            first = replace(config, output_dir=str(out), valid_share=share)
+            with pytest.raises(UserError, match=f"--valid-share .* so {empty}/ would be empty; use") as caught:
+                prepare.prepare_fineweb(first)
+            assert not list(out.iterdir())
+            (found,) = re.findall(r"use --valid-share (\S+), or --valid-tokens 0", str(caught.value))
+            prepare.prepare_fineweb(replace(first, valid_share=float(found)))
+            train, valid = (manifests.read(out / split).documents for split in ("train", "valid"))
+            assert train + valid == count
+            assert count < 300 or 25 <= valid <= 35
     write_parquet(tmp_path / "a.parquet", ["only one"])
-    with pytest.raises(UserError, match="one document, which can't be split"):
-        prepare.prepare_fineweb(replace(config, output_dir=str(tmp_path / "out2")))
-    assert not list((tmp_path / "out2").iterdir())
+    for share in (1e-9, 0.9999999):
+        with pytest.raises(UserError, match="would be empty; use --valid-tokens 0 for no valid/"):
+            prepare.prepare_fineweb(replace(config, output_dir=str(tmp_path / "out"), valid_share=share))
 
 
 def test_builtin_sources_are_there_and_deterministic(tmp_path: Path) -> None:
@@ -306,7 +332,7 @@ def test_same_command_again_keeps_the_data(tmp_path: Path, capsys: pytest.Captur
     config = config_for(tmp_path / "a.txt", tmp_path / "out")
     prepare.prepare_text(config)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    prepare.prepare_text(replace(config, num_workers=2))
+    prepare.prepare_text(replace(config, num_workers=2, seed=5))
     assert "already holds this data" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
 
@@ -435,8 +461,8 @@ def test_all_mistakes_of_a_command_are_listed(tmp_path: Path) -> None:
         prepare.prepare_text(config)
     assert len(caught.value.mistakes) == 5
     with pytest.raises(UserError) as caught:
-        prepare.prepare_fineweb(FinewebConfig(valid_tokens=-1, tokenizer="nope", shard_size=0))
-    assert len(caught.value.mistakes) == 3
+        prepare.prepare_fineweb(FinewebConfig(valid_tokens=-1, valid_share=1.0, tokenizer="nope", shard_size=0))
+    assert len(caught.value.mistakes) == 4
 
 
 def test_folder_without_readable_files_is_refused(tmp_path: Path) -> None:
@@ -477,12 +503,14 @@ def test_scripts_prepare_from_any_folder(tmp_path: Path) -> None:
 
 def test_fineweb_script_reads_local_parquet(tmp_path: Path, shared_data: Path, tiktoken_cache: Path) -> None:
     out = tmp_path / "web"
-    done = run_script("prepare_fineweb.py", "--dataset", shared_data / "web_sample", "--output-dir", out)
+    done = run_script(
+        "prepare_fineweb.py", "--dataset", shared_data / "web_sample", "--output-dir", out, "--valid-share", 0.1
+    )
     assert done.returncode == 0, done.stderr
     train, valid = (manifests.read(out / split) for split in ("train", "valid"))
     assert train.documents + valid.documents == 780
     assert train.tokens + valid.tokens == 488_133
-    assert 48_813 <= valid.tokens < 60_000
+    assert 50 < valid.documents < 110
     rows = [row for name in ("000", "001") for row in rows_of(shared_data / "web_sample" / f"{name}_00000.parquet")]
     tokenizer = prepare.load_tokenizer("gpt2")
     in_valid = [row for row in rows if hash_of(row["id"].encode()) <= int(valid.split_rule.split()[-1])]

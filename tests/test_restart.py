@@ -33,6 +33,7 @@ def write_source(folder: Path) -> Path:
 def start(source: Path, out: Path, workers: int) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "scripts" / "prepare_fineweb.py"), "--dataset", str(source)]
     command += ["--tokenizer", "bytes", "--shard-size", "9000000", "--dedup", "exact", "--valid-tokens", "2000000"]
+    command += ["--valid-share", "0.04"]
     command += ["--output-dir", str(out), "--num-workers", str(workers)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True

@@ -51,11 +51,16 @@ def test_matmul_precision_reaches_torch(make_runtime, precision):
 def test_bf16_autocast_keeps_weights_loss_and_gradients_in_float32(make_runtime):
     runtime = make_runtime(mixed_precision="bf16")
     layer = torch.nn.Linear(4, 4)
-    with runtime.autocast():
-        product = layer(torch.ones(2, 4))
-    runtime.backward(product.float().sum())
-    assert product.dtype == torch.bfloat16
-    assert layer.weight.dtype == layer.weight.grad.dtype == torch.float32
+    products = []
+
+    class Loss(torch.nn.Module):
+        def forward(self, tokens, targets):
+            products.append(layer(tokens.float()))
+            return products[-1].float().sum()
+
+    loss = runtime.compute_gradients(Loss(), torch.ones(2, 3, 5, dtype=torch.long))  # (A, B, T+1)
+    assert [product.dtype for product in products] == [torch.bfloat16] * 2
+    assert loss.dtype == layer.weight.dtype == layer.weight.grad.dtype == torch.float32
 
 
 def test_bf16_losses_stay_near_float32(tmp_path, text_data):
@@ -104,7 +109,7 @@ def test_batches_close_ends_the_background_thread(make_runtime):
     import threading
 
     before = threading.active_count()
-    batches = make_runtime().batches(iter(torch.zeros(100, 2)))
+    batches = make_runtime().batches(iter(torch.zeros(100, 2)), rows_dim=0)
     next(batches)
     assert threading.active_count() == before + 1
     batches.close()
@@ -149,7 +154,7 @@ def test_a_step_with_nan_gradients_changes_nothing(make_runtime):
         before = [parameter.clone() for parameter in model.parameters()]
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, value)
-        runtime.update(model, optimizer, max_grad_norm=1.0)
+        runtime.update(model, optimizer, 1.0, torch.zeros(()))
         changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
         assert changed == [value == 1.0] * 2
     assert all(state["step"] == 2 for state in optimizer.state.values())
@@ -158,7 +163,15 @@ def test_a_step_with_nan_gradients_changes_nothing(make_runtime):
 @pytest.mark.xla
 def test_the_benchmark_measures_both_runtimes():
     rows = run(*PYTHON, str(ROOT / "scripts" / "bench.py"), *BENCH, "--runtimes", "torch", "xla").splitlines()
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if row.startswith("| 1 ×")]
-    assert [cell[0].split(",")[0] for cell in cells] == ["1 × cpu", "1 × XLA CPU (torch_xla 2.9.0)"]
+    cells = [
+        [cell.strip() for cell in row.strip("|").split("|")] for row in rows if row.startswith(("| 1 ×", "| bare"))
+    ]
+    assert [cell[0].split(",")[0] for cell in cells] == [
+        "1 × cpu",
+        "1 × XLA CPU (torch_xla 2.9.0)",
+        "bare torch_xla loop",
+    ]
     assert all(float(cell[2].replace(",", "")) > 0 for cell in cells)
-    assert int(cells[1][7]) > 0
+    assert int(cells[1][8]) > 0
+    assert float(cells[1][3]) > 0
+    assert len({cell[-1] for cell in cells}) == 1  # all three computed the same loss

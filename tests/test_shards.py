@@ -46,17 +46,6 @@ def test_dtype_follows_the_vocabulary() -> None:
         dtype_for(2**32 + 1)
 
 
-def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    def write_half() -> None:
-        with shards.atomic_write(tmp_path / "a.npy") as file:
-            file.write(b"half")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        write_half()
-    assert not list(tmp_path.iterdir())
-
-
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=6), st.data())
 @settings(max_examples=50, deadline=None)
 def test_stream_is_the_concatenation(

@@ -346,10 +346,17 @@ def test_xla_tells_what_its_installation_lacks(monkeypatch, capsys, text_data, t
     monkeypatch.delenv("PJRT_DEVICE", raising=False)
     (found,) = mistakes()
     assert "PJRT_DEVICE is not set; start with PJRT_DEVICE=TPU" in found
+    assert "python scripts/doctor.py tells" in found
     for device in ("CUDA", "tpu", ""):
         monkeypatch.setenv("PJRT_DEVICE", device)
         (found,) = mistakes()
         assert f"PJRT_DEVICE={device} is not supported; use TPU or CPU" in found
+    monkeypatch.setenv("PJRT_DEVICE", "CPU")
+    monkeypatch.setenv("XLA_USE_BF16", "1")
+    (found,) = mistakes()
+    assert found.startswith("XLA_USE_BF16=1 makes torch_xla keep float32 tensors in bf16")
+    assert "unset XLA_USE_BF16" in found
+    monkeypatch.delenv("XLA_USE_BF16")
     # A torch_xla of another version, found before the real one.
     monkeypatch.setenv("PJRT_DEVICE", "CPU")
     metadata = tmp_path / "site" / "torch_xla-2.7.0.dist-info" / "METADATA"
@@ -476,7 +483,7 @@ def test_bare_shards_are_not_said_to_be_checked(pretrain, own_data, tmp_path):
 
 @pytest.mark.xla
 def test_tpu_without_a_tpu(monkeypatch):
-    from gpt2_xla.runtime.xla_launch import installation_mistakes
+    from gpt2_xla.runtime.xla_installation import installation_mistakes
 
     if Path("/dev/accel0").exists() or Path("/dev/vfio").exists():
         pytest.skip("this machine may have a TPU")

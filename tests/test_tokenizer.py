@@ -8,8 +8,9 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gpt2_xla.tokenizer
 from gpt2_xla.errors import UserError
-from gpt2_xla.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from gpt2_xla.tokenizer import ByteTokenizer, Tokenizer, encode_utf8, load_tokenizer, replace_surrogates
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=50)  # lone surrogates included
 TRICKY = "héllo <|endoftext|> 日本語 🎉\r\n\0 end"
@@ -74,6 +75,15 @@ def test_bytes_are_utf8(text: str) -> None:
     clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     assert ByteTokenizer().encode(text) == list(clean.encode())
     assert ByteTokenizer().decode(ByteTokenizer().encode(text)) == clean
+
+
+@given(ANY_TEXT, st.integers(1, 5))
+@settings(max_examples=200, deadline=None)
+def test_long_texts_are_encoded_in_parts_that_split_no_pair(text: str, size: int) -> None:
+    pairs = text + "\ud83c\ud83c\udf89" * 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpt2_xla.tokenizer, "ENCODED_AT_ONCE", size)
+        assert encode_utf8(pairs) == replace_surrogates(pairs).encode()
 
 
 def test_hashes_are_stable_and_tell_vocabularies_apart(tokenizer: Tokenizer) -> None:

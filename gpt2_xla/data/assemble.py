@@ -2,18 +2,21 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gpt2_xla.data.manifest import ShardEntry
 from gpt2_xla.data.parts import UnitRecord, open_tokens, read_documents, read_ids
-from gpt2_xla.data.shards import atomic_write, write_shard_parts
-from gpt2_xla.data.splits import Duplicates, keep_mask, kept_units
+from gpt2_xla.data.shards import write_shard_parts
+from gpt2_xla.data.splits import Duplicates, keep_mask, kept_units, set_apart
+from gpt2_xla.durable_files import atomic_write
 from gpt2_xla.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 COPIED_AT_ONCE = 2**22  # tokens
+TOP = 2**64 - 1  # the largest id hash
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class SplitPlan:
     @property
     def rule(self) -> str:
         """In words, for the manifest."""
-        if (self.lowest, self.highest) == (0, 2**64 - 1):
+        if (self.lowest, self.highest) == (0, TOP):
             return f"tokens {self.first} to {self.first + self.tokens - 1} of the stream of all documents"
         return f"documents with {self.lowest} <= blake2b-64(id), little-endian <= {self.highest}"
 
@@ -38,6 +41,20 @@ class SplitPlan:
         """(documents,) bool: those in the stream."""
         hashes = documents["id"]
         return keep & (hashes >= np.uint64(self.lowest)) & (hashes <= np.uint64(self.highest))
+
+
+@dataclass(frozen=True)
+class Division:
+    """All splits, valid/ first, and what is in none of them."""
+
+    splits: tuple[SplitPlan, ...]
+    unused_documents: int = 0  # set apart by --valid-share, beyond --valid-tokens
+    unused_tokens: int = 0
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Division":
+        """What asdict() was written from."""
+        return cls(**{**content, "splits": tuple(SplitPlan(**split) for split in content["splits"])})
 
 
 @dataclass(frozen=True)
@@ -58,24 +75,38 @@ class ShardJob:
         return self.path.parent.parent / "shards" / f"{self.path.stem}.json"
 
 
-def by_hash(folder: Path, records: list[UnitRecord], dups: Duplicates, threshold: int | None) -> list[SplitPlan]:
-    """train/ above the threshold, valid/ at or below; train/ alone without one."""
-    top = 2**64 - 1
-    ranges = {"train": (0, top)} if threshold is None else {"valid": (0, threshold), "train": (threshold + 1, top)}
-    plans = []
-    for name, (lowest, highest) in ranges.items():
-        tokens = text_bytes = 0
-        empty = SplitPlan(name, lowest, highest, 0, 0, 0)
-        for unit in kept_units(folder, records, dups):
-            mine = unit.documents[empty.mask(unit.documents, unit.keep)]
-            tokens, text_bytes = tokens + int(mine["tokens"].sum()), text_bytes + int(mine["bytes"].sum())
-        plans.append(SplitPlan(name, lowest, highest, 0, tokens, text_bytes))
-    return plans
+def by_hash(folder: Path, records: list[UnitRecord], dups: Duplicates, threshold: int, share: float) -> Division:
+    """valid/ up to the threshold; train/ from the end of the share that is set apart; what is between goes nowhere."""
+    limit = set_apart(share)
+    valid = _hash_range("valid", folder, records, dups, 0, threshold)
+    train = _hash_range("train", folder, records, dups, limit, TOP)
+    documents = tokens = 0
+    for unit in kept_units(folder, records, dups):
+        hashes = unit.documents["id"]
+        mine = unit.keep & (hashes > np.uint64(threshold)) & (hashes < np.uint64(limit))
+        documents, tokens = documents + int(mine.sum()), tokens + int(unit.documents["tokens"][mine].sum())
+    return Division((valid, train), documents, tokens)
+
+
+def without_valid(folder: Path, records: list[UnitRecord], dups: Duplicates) -> Division:
+    """train/ alone."""
+    return Division((_hash_range("train", folder, records, dups, 0, TOP),))
+
+
+def _hash_range(
+    name: str, folder: Path, records: list[UnitRecord], dups: Duplicates, lowest: int, highest: int
+) -> SplitPlan:
+    tokens = text_bytes = 0
+    empty = SplitPlan(name, lowest, highest, 0, 0, 0)
+    for unit in kept_units(folder, records, dups):
+        mine = unit.documents[empty.mask(unit.documents, unit.keep)]
+        tokens, text_bytes = tokens + int(mine["tokens"].sum()), text_bytes + int(mine["bytes"].sum())
+    return replace(empty, tokens=tokens, text_bytes=text_bytes)
 
 
 def at_fraction(
     folder: Path, records: list[UnitRecord], dups: Duplicates, fraction: float, tokenizer: Tokenizer, dtype: str
-) -> list[SplitPlan]:
+) -> Division:
     """valid/ is the last `fraction` of the stream; the cut may lie inside a document, as in published splits."""
     tokens = documents = text_bytes = 0
     for unit in kept_units(folder, records, dups):
@@ -84,11 +115,12 @@ def at_fraction(
         documents += int(unit.documents["ends"][unit.keep].sum())
     cut = int((tokens - documents) * (1 - fraction))
     before = _text_bytes_before(folder, records, dups, cut, tokenizer, dtype)
-    top = 2**64 - 1
-    return [
-        SplitPlan("valid", 0, top, cut, tokens - cut, text_bytes - before),
-        SplitPlan("train", 0, top, 0, cut, before),
-    ]
+    return Division(
+        (
+            SplitPlan("valid", 0, TOP, cut, tokens - cut, text_bytes - before),
+            SplitPlan("train", 0, TOP, 0, cut, before),
+        )
+    )
 
 
 def _text_bytes_before(

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpt2_xla.data.encoder import SAFE_CUT
+from gpt2_xla.data.cuts import SAFE_CUT
 from gpt2_xla.data.inputs import InputFile, UnreadableInput
 from gpt2_xla.data.units import Columns, Unit, open_binary, open_parquet
-from gpt2_xla.tokenizer import replace_surrogates
+from gpt2_xla.tokenizer import encode_utf8, replace_surrogates
 
 BATCH_BYTES = 4 * 2**20
 
@@ -102,9 +102,11 @@ def _jsonl_rows(unit: Unit, columns: Columns) -> Iterator[tuple[str, bytes]]:
             line = lines.readline()
             if not line:
                 return
-            if line.strip():
-                yield _jsonl_document(file, line, position, columns)
+            document = None if line.isspace() else _jsonl_document(file, line, position, columns)
             position += len(line)
+            del line  # it may be as long as all the rest
+            if document is not None:
+                yield document
 
 
 def _decompressed(name: str, source: Any) -> Any:
@@ -118,20 +120,23 @@ def _decompressed(name: str, source: Any) -> Any:
     return source
 
 
-def _jsonl_document(file: InputFile, line: bytes, position: int, columns: Columns) -> tuple[str, bytes]:
+def _jsonl_document(file: InputFile, line: bytes, position: int, columns: Columns) -> tuple[str, bytes] | None:
+    """A line's id and text; None where the text is null, as a row of parquet may be."""
     try:
         row: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UnreadableInput(
             file.name, f"{_place(file, position, columns)} is not a line of JSON ({error})"
         ) from error
-    if not isinstance(row, dict) or not isinstance(row.get(columns.text, None), str):
+    if isinstance(row, dict) and row.get(columns.text, "") is None:
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get(columns.text), str):
         fields = ", ".join(map(str, row)) if isinstance(row, dict) else f"a {type(row).__name__}, no object"
         place = _place(file, position, columns)
         raise UnreadableInput(file.name, f"{place} has no text in --text-column {columns.text}; its fields: {fields}")
     name = row.get(columns.id) if columns.id else None
     name = name if isinstance(name, str | int) else f"{file.name}#{position}"
-    return replace_surrogates(str(name)), replace_surrogates(row[columns.text]).encode()
+    return replace_surrogates(str(name)), encode_utf8(row[columns.text])
 
 
 def _place(file: InputFile, position: int, columns: Columns) -> str:

@@ -1,13 +1,13 @@
-"""Documents' UTF-8 to token arrays: gigatoken where it knows the vocabulary, held against tiktoken; else the tokenizer itself.
+"""Documents' UTF-8 to token arrays: gigatoken where it knows the vocabulary, held against the tokenizer; else the tokenizer itself.
 
 Measured on one core: gigatoken 0.10 does 139 MB/s of Python source, tiktoken 14; the ids are the same, and a sample of every
 unit's documents is tokenized twice to keep it so.
 """
 
 import base64
-import re
+import contextlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,17 +15,21 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gpt2_xla.data import cuts
 from gpt2_xla.errors import UserError
-from gpt2_xla.tokenizer import ByteTokenizer, TiktokenTokenizer, Tokenizer
+from gpt2_xla.tokenizer import ByteTokenizer, HuggingFaceTokenizer, TiktokenTokenizer, Tokenizer
 
 # The vocabularies that gigatoken splits as tiktoken does, and its name for the rule.
 PRETOKENIZERS = {"gpt2": "gpt2", "r50k_base": "r50k", "cl100k_base": "cl100k", "o200k_base": "o200k"}
 CHECKED = 1 / 1000  # share of the documents that are tokenized a second time, by the reference
 CACHE_LIMIT = 200 * 2**20  # gigatoken remembers every word it has seen, without end: 2 GB after 300 MB of random words
-LONG = 2**20  # bytes; documents above are tokenized in pieces
-PIECE = 2**18
-# Between a letter or digit and a newline no rule of PRETOKENIZERS looks ahead or behind, so both sides tokenize alone.
-SAFE_CUT = re.compile(rb"[A-Za-z0-9](?=\n)")
+AT_ONCE = 5 * 2**20  # bytes of text for one call of an encoder, which takes many times that while it works
+
+# What tokenizers differ about: white space, digits, signs, scripts, characters that a normalizer would change.
+PROBE = (
+    "Hello, world's  end.|\n\n \t\r\nx  \n| a|a |1234567 3.14 ٣٤٥ ½²|they'll I'D 'S|fooBarBAZ_x|#!?--==~|é e\u0301 Å ﬁ Ａ|"
+    "日本語のテキスト。中文|Привет мир|नमस्ते|👨\u200d👩\u200d👧🎉|\u00a0\u2003\u200b\ufeff|\0\x1f\x7f\ufffd|▁x ▁ |Ġx|</s><unk>[CLS] [MASK]"
+).encode().split(b"|")  # fmt: skip
 
 
 class Encoder(Protocol):
@@ -50,7 +54,7 @@ class ReferenceEncoder:
     """The tokenizer itself, one text after the other."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.name = "tiktoken" if isinstance(tokenizer, TiktokenTokenizer) else "tokenizers"
+        self.name = reference_name(tokenizer)
         self._tokenizer = tokenizer
 
     def encode(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -63,25 +67,24 @@ class ReferenceEncoder:
         return np.array(self._tokenizer.encode(text), np.uint32)
 
 
+def reference_name(tokenizer: Tokenizer) -> str:
+    """The package that a tokenizer comes from."""
+    return "tiktoken" if isinstance(tokenizer, TiktokenTokenizer) else "tokenizers"
+
+
 class GigatokenEncoder:
-    """A tiktoken vocabulary in gigatoken, without its special tokens, so that their characters are text."""
+    """A vocabulary in gigatoken, without its special tokens, so that their characters are text."""
 
     name = "gigatoken"
 
-    def __init__(self, tokenizer: TiktokenTokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, load: Callable[[], Any]) -> None:
+        """`load` makes a gigatoken.Tokenizer."""
+        self._make = load
         self._load()
 
     def _load(self) -> None:
-        import gigatoken
-
         self._backend: Any = None  # frees the cache before the next one is built
-        with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
-            for token, rank in self._tokenizer.ranks().items():
-                file.write(base64.b64encode(token) + b" %d\n" % rank)
-            file.flush()
-            rule = PRETOKENIZERS[self._tokenizer.name]
-            self._backend = gigatoken.Tokenizer.from_tiktoken(file.name, pretokenizer=rule, special_tokens={})
+        self._backend = self._make()
         self._resident, self._encoded = _resident_bytes(), 0
 
     def encode(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -108,25 +111,46 @@ def fast_encoder(tokenizer: Tokenizer, fast: bool = True) -> Encoder:
     """The fastest encoder that there is for a tokenizer; the tokenizer itself if not `fast`."""
     if isinstance(tokenizer, ByteTokenizer):
         return BytesEncoder()
+    reference = ReferenceEncoder(tokenizer)
     if fast and isinstance(tokenizer, TiktokenTokenizer) and tokenizer.name in PRETOKENIZERS:
-        try:
-            return GigatokenEncoder(tokenizer)
-        except ImportError:
-            return ReferenceEncoder(tokenizer)
-    return ReferenceEncoder(tokenizer)
+        with contextlib.suppress(ImportError):
+            return GigatokenEncoder(lambda: _tiktoken_in_gigatoken(tokenizer))
+    elif fast and isinstance(tokenizer, HuggingFaceTokenizer):
+        return _hugging_face_in_gigatoken(tokenizer) or reference
+    return reference
+
+
+def _tiktoken_in_gigatoken(tokenizer: TiktokenTokenizer) -> Any:
+    import gigatoken
+
+    with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
+        for token, rank in tokenizer.ranks().items():
+            file.write(base64.b64encode(token) + b" %d\n" % rank)
+        file.flush()
+        rule = PRETOKENIZERS[tokenizer.name]
+        return gigatoken.Tokenizer.from_tiktoken(file.name, pretokenizer=rule, special_tokens={})
+
+
+def _hugging_face_in_gigatoken(tokenizer: HuggingFaceTokenizer) -> GigatokenEncoder | None:
+    """None for a tokenizer.json of a kind that gigatoken does not know, or that it reads otherwise."""
+    content = tokenizer.ordinary_json()
+    if content is None:
+        return None
+    try:
+        import gigatoken
+        import tokenizers
+
+        found = GigatokenEncoder(lambda: gigatoken.Tokenizer(tokenizers.Tokenizer.from_str(content)))
+        ids, counts = found.encode(PROBE)
+    except Exception:  # noqa: BLE001  gigatoken raises the likes of RuntimeError for each part that it has no code for
+        return None
+    expected = ReferenceEncoder(tokenizer).encode(PROBE)
+    return found if np.array_equal(ids, expected[0]) and np.array_equal(counts, expected[1]) else None
 
 
 def can_cut(tokenizer: Tokenizer) -> bool:
-    """Whether a text may be cut at SAFE_CUT without changing its tokens."""
+    """Whether a text may be cut as gpt2_xla.data.cuts does without changing its tokens."""
     return isinstance(tokenizer, ByteTokenizer) or tokenizer.name in PRETOKENIZERS
-
-
-def pieces_of(text: bytes) -> list[bytes]:
-    """A long text in pieces of about PIECE bytes, cut where it may be; in one where nowhere is."""
-    cuts = [0]
-    while found := SAFE_CUT.search(text, cuts[-1] + PIECE):
-        cuts.append(found.end())
-    return [text[start:stop] for start, stop in pairwise([*cuts, len(text)])]
 
 
 @dataclass(frozen=True)
@@ -144,6 +168,7 @@ class DocumentEncoder:
         self._fast = fast_encoder(tokenizer, fast)
         self._reference = ReferenceEncoder(tokenizer)
         self._may_cut = can_cut(tokenizer)
+        self._decode = tokenizer.decode_bytes
         self.checked = 0
 
     @property
@@ -153,17 +178,40 @@ class DocumentEncoder:
 
     def encode(self, texts: list[bytes], ids: list[str], random: np.random.Generator) -> Encoded:
         """Ids of some documents, valid UTF-8 each. UserError that names the document whose ids differ from the reference's."""
-        pieces = [pieces_of(text) if self._may_cut and len(text) > LONG else [text] for text in texts]
-        tokens, counts = self._fast.encode([piece for document in pieces for piece in document])
+        places = [self._cuts(text) for text in texts]
+        pieces = (text[start:stop] for text, own in zip(texts, places, strict=True) for start, stop in pairwise(own))
+        tokens, counts = self._encode(pieces)
         ends = np.concatenate([[0], np.cumsum(counts)])  # of the pieces
-        first = np.concatenate([[0], np.cumsum([len(document) for document in pieces])])  # piece of each document
+        first = np.concatenate([[0], np.cumsum([len(own) - 1 for own in places])])  # piece of each document
         if self._fast.name not in (self._reference.name, "bytes") and texts:
             for i in random.choice(len(texts), -(-len(texts) // int(1 / CHECKED)), replace=False):
                 # Two neighbours, so that the cut between them is checked too.
-                at = int(random.integers(max(1, len(pieces[i]) - 1)))
-                start, stop = ends[first[i] + at], ends[first[i] + min(at + 2, len(pieces[i]))]
-                self._check(b"".join(pieces[i][at : at + 2]), tokens[start:stop], ids[i])
+                at = int(random.integers(max(1, len(places[i]) - 2)))
+                until = min(at + 2, len(places[i]) - 1)
+                found = tokens[ends[first[i] + at] : ends[first[i] + until]]
+                self._check(texts[i][places[i][at] : places[i][until]], found, ids[i])
         return Encoded(tokens, np.diff(ends[first]))
+
+    def _cuts(self, text: bytes) -> list[int]:
+        if not self._may_cut or len(text) <= cuts.LONG:
+            return [0, len(text)]
+        return cuts.cuts_in_runs(text, cuts.cuts_of(text), lambda piece: self._fast.encode([piece])[0], self._decode)
+
+    def _encode(self, pieces: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all pieces (N,) and of each (len(pieces),), some MB of text at a time."""
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        batch: list[bytes] = []
+        size = 0
+        for piece in pieces:
+            if batch and size + len(piece) > AT_ONCE:
+                found.append(self._fast.encode(batch))
+                batch, size = [], 0
+            batch.append(piece)
+            size += len(piece)
+        found.append(self._fast.encode(batch))
+        if len(found) == 1:  # nearly always
+            return found[0]
+        return np.concatenate([ids for ids, _ in found]), np.concatenate([counts for _, counts in found])
 
     def _check(self, text: bytes, found: np.ndarray, name: str) -> None:
         expected, _ = self._reference.encode([text])

@@ -31,7 +31,11 @@ class UnreadableInput(UserError):
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file of a source. Its documents' ids start with its name, so they do not change when a folder moves."""
+    """One file of a source. Its documents' ids start with its name, so they do not change when a folder moves.
+
+    That a local file has changed is told by its size and the time of its last change, not by reading it: a change that
+    keeps both goes unnoticed.
+    """
 
     name: str
     url: str  # a local path, or an address that fsspec opens

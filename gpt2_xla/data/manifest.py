@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from gpt2_xla.data.shards import DTYPES, atomic_write, read_header
+from gpt2_xla.data.shards import DTYPES, read_header
+from gpt2_xla.durable_files import atomic_write
 from gpt2_xla.errors import UserError
 
 FILE_NAME = "manifest.json"
@@ -51,10 +52,11 @@ class Manifest:
     documents: int | None = None  # end-of-text tokens
     text_bytes: int | None = None  # UTF-8 bytes of the text behind the tokens, for bits per byte
     source: tuple[str, ...] = ()
-    seed: int | None = None
     command: str | None = None  # the options that decide the bytes; where they go and how fast is left out
     inputs: tuple[InputEntry, ...] = ()  # all that was read; built-in sources are told by their version in `source`
     split_rule: str | None = None  # which documents are in this split
+    unused_documents: int | None = None  # in no split: set apart by --valid-share, beyond --valid-tokens
+    unused_tokens: int | None = None
     duplicates: int | None = None  # documents that --dedup exact dropped, of both splits; None without it
     skipped_files: tuple[str, ...] = ()  # files that could not be read, and why (--skip-bad-files)
     version: int = 1
@@ -143,7 +145,9 @@ def _parse(content: Any) -> Manifest:
 
 
 def _check_types(values: dict[str, Any]) -> None:
-    optional_counts = ("vocab_size", "end_of_text", "documents", "text_bytes", "duplicates")
+    optional_counts = (
+        "vocab_size", "end_of_text", "documents", "text_bytes", "unused_documents", "unused_tokens", "duplicates",
+    )  # fmt: skip
     for name in ("tokens", *optional_counts):
         value = values.get(name)
         if not _is_count(value) and not (value is None and name in optional_counts):

@@ -11,7 +11,7 @@ from typing import Any
 
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.manifest import InputEntry
-from gpt2_xla.data.shards import atomic_write, sync_folder
+from gpt2_xla.durable_files import atomic_write, flush
 from gpt2_xla.errors import UserError
 
 SPLITS = ("train", "valid")
@@ -143,7 +143,7 @@ def publish(output_dir: Path, work: Path) -> None:
                 )
             continue
         made.rename(target)
-    sync_folder(output_dir)
+    flush(output_dir)
 
 
 @contextmanager

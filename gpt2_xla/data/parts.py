@@ -15,8 +15,9 @@ import numpy as np
 from gpt2_xla.data.documents import read_unit
 from gpt2_xla.data.encoder import DocumentEncoder, with_end_of_text
 from gpt2_xla.data.prefetch import prefetch
-from gpt2_xla.data.shards import atomic_write, dtype_for
+from gpt2_xla.data.shards import dtype_for
 from gpt2_xla.data.units import Columns, Unit
+from gpt2_xla.durable_files import atomic_write
 from gpt2_xla.errors import UserError
 from gpt2_xla.tokenizer import Tokenizer
 

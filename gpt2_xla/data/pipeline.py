@@ -13,23 +13,26 @@ from typing import Any
 from gpt2_xla.config import FinewebConfig, PrepareConfig
 from gpt2_xla.data import assemble
 from gpt2_xla.data import manifest as manifests
-from gpt2_xla.data.assemble import ShardJob, SplitPlan
-from gpt2_xla.data.encoder import DocumentEncoder
+from gpt2_xla.data.assemble import Division, ShardJob, SplitPlan
+from gpt2_xla.data.downloads import DownloadsAhead
+from gpt2_xla.data.encoder import DocumentEncoder, reference_name
 from gpt2_xla.data.inputs import InputFile, UnreadableInput
 from gpt2_xla.data.manifest import InputEntry, Manifest, ShardEntry
 from gpt2_xla.data.output import publish, remove
 from gpt2_xla.data.parts import UnitRecord, part_path, read_record, write_part, write_record
 from gpt2_xla.data.prepare_report import Progress, check_disk, disk_free, disk_needed, plan_table
-from gpt2_xla.data.shards import atomic_write, dtype_for
+from gpt2_xla.data.shards import dtype_for
 from gpt2_xla.data.splits import Duplicates, find_duplicates, hash_threshold
 from gpt2_xla.data.units import UNIT_BYTES, Columns, Plan, Unit
 from gpt2_xla.data.workers import Pool, default_workers
+from gpt2_xla.durable_files import atomic_write
 from gpt2_xla.errors import UserError
 from gpt2_xla.tokenizer import Tokenizer, load_tokenizer
 
 # Options that say where the data goes, how fast it gets there and what to do about trouble; all others decide its bytes.
 NOT_IN_COMMAND = {
     "output_dir", "num_workers", "cache_dir", "streaming", "skip_bad_files", "fast_tokenizer", "dry_run",
+    "seed",
 }  # fmt: skip
 Config = PrepareConfig | FinewebConfig
 
@@ -92,7 +95,7 @@ def identity(job: Job) -> dict[str, Any]:
     """All that decides the bytes, as plain JSON."""
     options = {name: value for name, value in vars(job.config).items() if name not in NOT_IN_COMMAND}
     return {
-        "version": f"1, units of {UNIT_BYTES} bytes",
+        "version": f"2, units of {UNIT_BYTES} bytes",
         "options": {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()},
         "tokenizer_hash": job.tokenizer.hash,
         "source": list(job.source),
@@ -199,9 +202,7 @@ def _make_splits(job: Job, plan: Plan, work: Path) -> None:
         Pool(min(job.workers, max(1, len(plan.units))), Worker, work, worker) as pool,
         Progress(plan, job.output_dir, list(finished.values())) as progress,
     ):
-        for record in pool.run("tokenize", [unit for unit in plan.units if unit.index not in finished]):
-            finished[record.index] = record
-            progress.unit(record)
+        _tokenize(job, [unit for unit in plan.units if unit.index not in finished], finished, pool, progress)
         bad = plan.bad | {name: what for record in finished.values() for name, what in record.bad.items()}
         if bad and not config.skip_bad_files:
             raise UserError([*bad.values(), "an earlier run skipped these files; give --skip-bad-files again"])
@@ -210,41 +211,52 @@ def _make_splits(job: Job, plan: Plan, work: Path) -> None:
             remove(work)
             raise UserError(f"{', '.join(job.source)}: there is no text in it")
         duplicates = find_duplicates(parts, records) if dedup else Duplicates({})
-        splits = _split_plans(job, work, records, duplicates)
-        _write_shards(job, work, records, duplicates, splits, pool, progress, tuple(bad.values()))
+        division = _divide(job, work, records, duplicates)
+        _write_shards(job, work, records, duplicates, division, pool, progress, tuple(bad.values()))
     if checked := sum(record.checked for record in records):
-        print(f"{checked:,} documents tokenized a second time, with tiktoken: no difference")
+        print(f"{checked:,} documents tokenized a second time, by {reference_name(job.tokenizer)}: no difference")
 
 
-def _split_plans(job: Job, work: Path, records: list[UnitRecord], dups: Duplicates) -> list[SplitPlan]:
+def _tokenize(job: Job, units: list[Unit], finished: dict[int, UnitRecord], pool: Pool, progress: Progress) -> None:
+    """Add the records of the units to the finished ones."""
+    unit_of = {unit.index: unit for unit in units}
+    with DownloadsAhead(units, job.columns, job.workers) as downloads:
+        for record in pool.run("tokenize", units):
+            finished[record.index] = record
+            progress.unit(record)
+            downloads.finished(unit_of[record.index])
+
+
+def _divide(job: Job, work: Path, records: list[UnitRecord], dups: Duplicates) -> Division:
     """Made once: the tokens that it looks at may be gone when a killed run continues."""
     file = work / "splits.json"
     if file.exists():
-        return [SplitPlan(**split) for split in json.loads(file.read_text(encoding="utf-8"))]
+        return Division.from_json(json.loads(file.read_text(encoding="utf-8")))
     parts = work / "units"
     try:
-        splits = _decide(job, parts, records, dups)
+        division = _decide(job, parts, records, dups)
     except UserError:
         remove(work)  # no continuation could mend it
         raise
     with atomic_write(file) as out:
-        out.write(json.dumps([asdict(split) for split in splits]).encode())
-    return splits
+        out.write(json.dumps(asdict(division)).encode())
+    return division
 
 
-def _decide(job: Job, parts: Path, records: list[UnitRecord], dups: Duplicates) -> list[SplitPlan]:
+def _decide(job: Job, parts: Path, records: list[UnitRecord], dups: Duplicates) -> Division:
+    if not job.has_valid:
+        return assemble.without_valid(parts, records, dups)
     if isinstance(job.config, FinewebConfig):
-        wanted = job.config.valid_tokens
-        threshold = hash_threshold(parts, records, dups, wanted) if wanted else None
-        return assemble.by_hash(parts, records, dups, threshold)
-    if job.config.valid_fraction == 0:
-        return assemble.by_hash(parts, records, dups, None)
-    splits = assemble.at_fraction(parts, records, dups, job.config.valid_fraction, job.tokenizer, job.dtype)
-    if not splits[-1].tokens:
+        share = job.config.valid_share
+        threshold = hash_threshold(parts, records, dups, job.config.valid_tokens, share)
+        return assemble.by_hash(parts, records, dups, threshold, share)
+    division = assemble.at_fraction(parts, records, dups, job.config.valid_fraction, job.tokenizer, job.dtype)
+    if not division.splits[-1].tokens:
         raise UserError(
-            f"{', '.join(job.source)}: too little text to split ({splits[0].tokens} tokens); use a smaller share for valid/"
+            f"{', '.join(job.source)}: too little text to split ({division.splits[0].tokens} tokens); "
+            "use a smaller share for valid/"
         )
-    return splits
+    return division
 
 
 def _write_shards(
@@ -252,7 +264,7 @@ def _write_shards(
     work: Path,
     records: list[UnitRecord],
     dups: Duplicates,
-    splits: list[SplitPlan],
+    division: Division,
     pool: Pool,
     progress: Progress,
     skipped: tuple[str, ...],
@@ -261,7 +273,7 @@ def _write_shards(
     parts = work / "units"
     jobs = [
         shard
-        for split in splits
+        for split in division.splits
         for shard in assemble.shard_jobs(
             parts, records, dups, split, work / split.name, job.dtype, job.config.shard_size
         )
@@ -279,13 +291,18 @@ def _write_shards(
             users[unit].discard(name)
             if not users[unit]:
                 part_path(parts, unit, "tokens").unlink(missing_ok=True)
-    for split in splits:
+    for split in division.splits:
         mine = tuple(entries[shard.path.name] for shard in jobs if shard.split == split)
-        manifests.write(work / split.name, _manifest(job, split, mine, dups, skipped))
+        manifests.write(work / split.name, _manifest(job, division, split, mine, dups, skipped))
 
 
 def _manifest(
-    job: Job, split: SplitPlan, entries: tuple[ShardEntry, ...], dups: Duplicates, skipped: tuple[str, ...]
+    job: Job,
+    division: Division,
+    split: SplitPlan,
+    entries: tuple[ShardEntry, ...],
+    dups: Duplicates,
+    skipped: tuple[str, ...],
 ) -> Manifest:
     return Manifest(
         split=split.name,
@@ -299,10 +316,11 @@ def _manifest(
         documents=sum(entry.documents or 0 for entry in entries),
         text_bytes=split.text_bytes,
         source=job.source,
-        seed=job.config.seed,
         command=job.command,
         inputs=tuple(job.inputs),
         split_rule=split.rule,
+        unused_documents=division.unused_documents,
+        unused_tokens=division.unused_tokens,
         duplicates=dups.total if job.config.dedup == "exact" else None,
         skipped_files=skipped,
     )

@@ -46,6 +46,8 @@ def prepare_fineweb(config: FinewebConfig) -> None:
     mistakes = _number_mistakes(config)
     if config.valid_tokens < 0:
         mistakes.append(f"--valid-tokens {config.valid_tokens} must be 0 or more")
+    if not 2**-64 <= config.valid_share < 1:
+        mistakes.append(f"--valid-share {config.valid_share} must be above 0 and below 1")
     tokenizer = _attempt(mistakes, lambda: load_tokenizer(config.tokenizer))
     # Asking the hub may take long, so only for a command that is right otherwise.
     files = _attempt(mistakes, lambda: hub.dataset_inputs(config)) if not mistakes else None

@@ -97,6 +97,9 @@ def report(output_dir: Path) -> None:
             megabytes = f"{(held.text_bytes or 0) / 1e6:,.2f} MB"
             print(f"{split:<6} {len(held.shards):>7,} {held.documents or 0:>12,} {held.tokens:>16,} {megabytes:>14}")
             words += [f"--{split}-dir", str(folder)]
+    if held is not None and held.unused_documents:
+        print(f"{'unused':<6} {'':>7} {held.unused_documents:>12,} {held.unused_tokens or 0:>16,}")
+        print("\nunused: set apart by --valid-share and so never trained on, more than --valid-tokens asks for")
     if held is not None and held.duplicates is not None:
         print(f"\n{held.duplicates:,} exact duplicates dropped")
     for skipped in held.skipped_files if held is not None else ():

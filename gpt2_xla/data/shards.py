@@ -7,14 +7,13 @@ import threading
 import tokenize
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, repeat
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
+from gpt2_xla.durable_files import atomic_write
 from gpt2_xla.errors import UserError
 
 DTYPES = ("uint16", "uint32")
@@ -26,31 +25,6 @@ def dtype_for(vocab_size: int) -> str:
     if vocab_size > 2**32:
         raise UserError(f"a vocabulary of {vocab_size} ids does not fit the 32 bits of a shard's tokens")
     return "uint16" if vocab_size <= 2**16 else "uint32"
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears as `path`, whole and flushed to disk, when the block ends; not at all if it raises."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> str:

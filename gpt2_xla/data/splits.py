@@ -1,10 +1,11 @@
 """Which documents are kept, and which of them go to valid/: decided from the finished units' tables alone.
 
-By hash (FineWeb): valid/ is the documents whose id hashes are the smallest, as many as it takes. So a document's place
-depends on its id and one threshold. When the source grows, the threshold falls: a document may leave valid/ for train/, but
-none that was trained on is ever validated on.
+By hash (FineWeb): documents whose id hashes lie in a fixed share of all hashes are set apart and never trained on; of
+these, valid/ takes the smallest hashes until it holds enough tokens, and the rest goes nowhere. When the source grows, a
+document may so join or leave valid/, but none is ever in train/ that was in valid/ before, nor the other way round.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,40 +76,60 @@ def keep_mask(documents: int, dropped: np.ndarray | None) -> np.ndarray:
     return keep
 
 
-def hash_threshold(folder: Path, records: list[UnitRecord], duplicates: Duplicates, valid_tokens: int) -> int:
-    """The largest id hash in valid/, which so holds `valid_tokens`, or a tenth of a source that has under ten times that.
+def set_apart(share: float) -> int:
+    """How many of the 2^64 id hashes, from 0 on, --valid-share sets apart: their documents are never in train/."""
+    return int(share * 2**64)  # exact: a power of two only moves the point
 
-    Raises UserError if there are not two documents to split. Memory: the documents of valid/, and one unit's.
+
+def hash_threshold(
+    folder: Path, records: list[UnitRecord], duplicates: Duplicates, valid_tokens: int, share: float
+) -> int:
+    """The largest id hash in valid/: the smallest ones of those set apart, until their documents hold `valid_tokens`.
+
+    Raises UserError that suggests a share if this one leaves valid/ or train/ empty. Memory: the documents of valid/, and
+    one unit's.
     """
-    total = seen = 0
+    limit = np.uint64(set_apart(share))
+    total = 0
     smallest = np.empty((2, 0), np.uint64)  # hashes, tokens; sorted by hash
     for unit in kept_units(folder, records, duplicates):
-        hashes, tokens = unit.documents["id"][unit.keep], unit.documents["tokens"][unit.keep]
-        total += int(tokens.sum())
-        seen += len(hashes)
-        both = np.concatenate([smallest, np.stack([hashes, tokens])], axis=1)
+        total += int(unit.keep.sum())
+        mine = unit.documents[unit.keep & (unit.documents["id"] < limit)]
+        both = np.concatenate([smallest, np.stack([mine["id"], mine["tokens"]])], axis=1)
         both = both[:, np.argsort(both[0], kind="stable")]
         enough = int(np.searchsorted(np.cumsum(both[1]), valid_tokens)) + 1
         smallest = both[:, :enough]
-    want = max(1, min(valid_tokens, total // 10))
-    last = int(np.searchsorted(np.cumsum(smallest[1]), want))
-    if seen < 2:
-        raise UserError(
-            "the source holds one document, which can't be split; use --valid-tokens 0 or add documents"
-            if seen
-            else "there is no text in the source"
-        )
-    return _below_all(folder, records, duplicates, int(smallest[0, min(last, smallest.shape[1] - 1)]))
+    trained_on = any(np.any(u.documents["id"][u.keep] >= limit) for u in kept_units(folder, records, duplicates))
+    if smallest.shape[1] and trained_on:
+        return int(smallest[0, -1])
+    where = "all" if smallest.shape[1] else "none"
+    suggestion = _share_that_works(folder, records, duplicates, valid_tokens)
+    raise UserError(
+        f"--valid-share {share}: {where} of the source's {total:,} documents lie in that share, so "
+        f"{'train' if smallest.shape[1] else 'valid'}/ would be empty; "
+        + (f"use --valid-share {suggestion:g}, or " if suggestion else "use ")
+        + "--valid-tokens 0 for no valid/"
+    )
 
 
-def _below_all(folder: Path, records: list[UnitRecord], duplicates: Duplicates, threshold: int) -> int:
-    """The threshold, or one lower if it would leave nothing to train on."""
-    lower = 0
-    for unit in kept_units(folder, records, duplicates):
-        hashes = unit.documents["id"][unit.keep]
-        if np.any(hashes > threshold):
-            return threshold
-        lower = max(lower, int(max(hashes[hashes < threshold], default=0)))
-    if lower == 0:
-        raise UserError("all documents of the source have one id, which can't be split; name another --id-column")
-    return lower
+def _share_that_works(
+    folder: Path, records: list[UnitRecord], duplicates: Duplicates, valid_tokens: int
+) -> float | None:
+    """A short share that holds `valid_tokens`, or a tenth of the tokens if that is less; None where none splits.
+
+    Only for sources that no usual share splits, which are small: their hashes are in memory at once.
+    """
+    kept = [unit.documents[unit.keep] for unit in kept_units(folder, records, duplicates)]
+    documents = np.sort(np.concatenate(kept)[["id", "tokens"]], order="id")
+    hashes, tokens = documents["id"] / 2**64, np.cumsum(documents["tokens"])
+    below = int(np.searchsorted(hashes, hashes[-1]))  # documents that may be set apart
+    if below == 0:
+        return None
+    last = int(np.searchsorted(tokens, max(1, min(valid_tokens, int(tokens[-1]) // 10))))
+    wanted = float(hashes[min(last, below - 1)])
+    for digits in range(2, 16):
+        step = 10.0 ** (math.floor(math.log10(max(wanted, 2**-64))) - digits + 1)
+        share = float(f"{(math.floor(wanted / step) + 1) * step:.{digits}g}")
+        if share < hashes[-1]:
+            return share
+    return None

@@ -1,4 +1,8 @@
-"""Units of work: stretches of the input that one worker reads alone. They follow from the input, never from the workers."""
+"""Units of work: stretches of the input that one worker reads alone. They follow from the input, never from the workers.
+
+Row groups of parquet, stretches of local JSONL and text; a compressed or remote JSONL file is one unit, because its lines
+can't be found without reading what is before them.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

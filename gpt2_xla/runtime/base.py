@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -13,10 +14,15 @@ from gpt2_xla.config import OptimConfig
 
 @dataclass(frozen=True)
 class CompileStats:
-    """What compilers did so far in this process."""
+    """What compilers and devices did so far in this process; zeros where nobody counts."""
 
-    count: int = 0
-    seconds: float = 0.0
+    count: int = 0  # programs compiled
+    seconds: float = 0.0  # spent compiling them
+    executions: int = 0  # programs executed
+    fetches: int = 0  # copies from a device to the host
+    cache_hits: int = 0  # programs taken from a persistent cache
+    cache_misses: int = 0
+    cache_failures: int = 0  # programs found there that could not be read back
 
 
 class Runtime(Protocol):
@@ -41,9 +47,10 @@ class Runtime(Protocol):
         """The runtime's optimizer over the placed model's parameters, with its state already allocated."""
         ...
 
-    def batches(self, host_batches: Iterator[Tensor]) -> Generator[Tensor, None, None]:
+    def batches(self, host_batches: Iterator[Tensor], rows_dim: int) -> Generator[Tensor, None, None]:
         """The host's batches on the device, read and copied ahead in the background; close() ends that.
 
+        `rows_dim` is the dimension along which a batch holds sequences that may go to different devices.
         An error of the host's iterator surfaces in next().
         """
         ...
@@ -56,16 +63,19 @@ class Runtime(Protocol):
         """The context of a forward pass in the configured precision."""
         ...
 
-    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """The context of one micro-step; gradients need not be reduced until the last."""
+    def compute_gradients(self, forward: nn.Module, batch: Tensor) -> Tensor:
+        """Forward and backward of every micro-step of batch (A, B, T+1); their mean gradient is left in .grad.
+
+        Returns the mean loss of this replica's sequences: a float32 scalar, on device. update() must follow.
+        """
         ...
 
-    def backward(self, loss: Tensor) -> None:
-        """Backpropagate the loss, scaled if the precision needs it."""
-        ...
+    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, loss: Tensor) -> Tensor:
+        """Average gradients and loss over the replicas, clip, step, clear the gradients.
 
-    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
-        """Average the gradients over the replicas, clip, step, clear them; return the norm before clipping, on device."""
+        Returns float32 [loss, gradient norm before clipping], on device. A gradient that is not finite on any replica
+        skips the step on all of them.
+        """
         ...
 
     def mean(self, value: Tensor) -> Tensor:
@@ -92,6 +102,10 @@ class Runtime(Protocol):
         """Whether to stop before optimizer step `step`; the same answer on every replica, without waiting for the device."""
         ...
 
+    def request_stop(self) -> None:
+        """Have all replicas stop before a coming step, as a signal does."""
+        ...
+
     def scaler_state(self) -> dict[str, Any] | None:
         """The gradient scaler's state for the checkpoint; None where there is none."""
         ...
@@ -101,7 +115,18 @@ class Runtime(Protocol):
         ...
 
     def compile_stats(self) -> CompileStats:
-        """Compilations of this process so far."""
+        """Compilations of this process so far; cheap enough for every step."""
+        ...
+
+    def graph_hash(self, queued: Tensor) -> str:
+        """A name for the queued work that computes a tensor, the same for the same program; "" where nothing is queued."""
+        ...
+
+    def profile(self, folder: Path, name: str) -> AbstractContextManager[str]:
+        """Record what host and device do inside the context into files under `folder`; its value says how to open them.
+
+        Called by rank 0 alone. Waits for the device at both ends. Raises OSError or RuntimeError if it can't.
+        """
         ...
 
     def peak_memory(self) -> int:

@@ -3,10 +3,10 @@
 import contextlib
 import os
 import resource
-import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from gpt2_xla.data.prefetch import prefetch
 from gpt2_xla.errors import UserError
 from gpt2_xla.runtime.base import CompileStats
 from gpt2_xla.runtime.peaks import gpu_peak
+from gpt2_xla.runtime.stop_signals import StopSignals
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,7 +42,7 @@ class TorchRuntime:
         if config.matmul_precision != "highest":  # torch's own default
             torch.set_float32_matmul_precision(config.matmul_precision)
         self._scaler = GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
-        self._stop_requested = False
+        self._signals = StopSignals()
         self._stop_vote: tuple[dist.Work, Tensor] | None = None
         self._control: dist.ProcessGroup | None = None
         if self.world_size > 1:
@@ -74,7 +74,7 @@ class TorchRuntime:
         optimizers.prime_state(model, optimizer, step_device=None if fused else torch.device("cpu"))
         return optimizer
 
-    def batches(self, host_batches: Iterator[Tensor]) -> Generator[Tensor, None, None]:
+    def batches(self, host_batches: Iterator[Tensor], rows_dim: int) -> Generator[Tensor, None, None]:  # noqa: ARG002
         with contextlib.closing(prefetch(host_batches, depth=8)) as ready:
             if self.device.type == "cpu":
                 yield from ready
@@ -96,16 +96,17 @@ class TorchRuntime:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[self.config.mixed_precision])
 
-    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        wrapped = getattr(model, "_orig_mod", model)  # torch.compile's wrapper hides no_sync
-        if last or not isinstance(wrapped, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return wrapped.no_sync()
+    def compute_gradients(self, forward: nn.Module, batch: Tensor) -> Tensor:
+        losses = []
+        for micro_step, tokens in enumerate(batch):  # (A, B, T+1) -> (B, T+1)
+            with self._reduction(forward, last=micro_step == len(batch) - 1):
+                with self.autocast():
+                    loss = forward(tokens[:, :-1], tokens[:, 1:])
+                self._scaler.scale(loss / len(batch)).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
 
-    def backward(self, loss: Tensor) -> None:
-        self._scaler.scale(loss).backward()
-
-    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
+    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, loss: Tensor) -> Tensor:
         self._scaler.unscale_(optimizer)
         norm = clip_gradients(model, max_grad_norm)
         if not self._scaler.is_enabled() and optimizer.defaults["fused"]:
@@ -115,7 +116,7 @@ class TorchRuntime:
         self._scaler.step(optimizer)
         self._scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        return norm
+        return self.mean(torch.stack([loss, norm]))
 
     def mean(self, value: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -146,19 +147,21 @@ class TorchRuntime:
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
     def watch_signals(self) -> None:
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
+        self._signals.watch(announce=self.rank == 0)
 
     def should_stop(self, step: int) -> bool:  # noqa: ARG002 - other runtimes agree by step number
         if self._control is None:
-            return self._stop_requested
+            return self._signals.requested
         # The vote cast before the last step has long arrived; this one's answer is read a step later.
         agreed = self._collect_vote()
-        vote = torch.tensor([float(self._stop_requested)])
+        vote = torch.tensor([float(self._signals.requested)])
         work = dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self._control, async_op=True)
         assert work is not None
         self._stop_vote = (work, vote)
         return agreed
+
+    def request_stop(self) -> None:
+        self._signals.request_stop()
 
     def scaler_state(self) -> dict[str, Any] | None:
         return self._scaler.state_dict() if self._scaler.is_enabled() else None
@@ -174,6 +177,23 @@ class TorchRuntime:
         from torch._dynamo.utils import calculate_time_spent, counters
 
         return CompileStats(counters["stats"]["unique_graphs"], calculate_time_spent().get("total_wall_time", 0.0))
+
+    @contextlib.contextmanager
+    def profile(self, folder: Path, name: str) -> Iterator[str]:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{name}.trace.json.gz"
+        self._wait_for_device()
+        with torch.profiler.profile(record_shapes=True) as recorded:
+            yield f"open {file} at https://ui.perfetto.dev"
+            self._wait_for_device()
+        recorded.export_chrome_trace(str(file))
+
+    def _wait_for_device(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def graph_hash(self, queued: Tensor) -> str:  # noqa: ARG002
+        return ""
 
     def peak_memory(self) -> int:
         if self.device.type == "cuda":
@@ -191,12 +211,12 @@ class TorchRuntime:
             self._collect_vote()
             dist.destroy_process_group()
 
-    def _on_signal(self, *_: object) -> None:
-        self._stop_requested = True
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-        if self.rank == 0:
-            os.write(2, b"\nstopping after this step; once more to quit at once\n")  # print is not safe in a handler
+    def _reduction(self, forward: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Let DDP reduce the gradients after the last micro-step only."""
+        wrapped = getattr(forward, "_orig_mod", forward)  # torch.compile's wrapper hides no_sync
+        if last or not isinstance(wrapped, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return wrapped.no_sync()
 
     def _collect_vote(self) -> bool:
         if self._stop_vote is None:

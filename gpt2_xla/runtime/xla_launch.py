@@ -1,8 +1,6 @@
 """Start the XLA replicas with xmp.spawn, pass signals on to them, and never leave one behind."""
 
 import ctypes
-import importlib.metadata
-import importlib.util
 import multiprocessing
 import os
 import signal
@@ -17,21 +15,26 @@ from typing import Any
 from gpt2_xla.config import XlaPretrainConfig
 from gpt2_xla.errors import UserError
 from gpt2_xla.runtime.base import Runtime
+from gpt2_xla.runtime.mesh import mesh_mistakes
 from gpt2_xla.runtime.replica_board import ReplicaBoard
+from gpt2_xla.runtime.stop_signals import STOP_SIGNALS
+from gpt2_xla.runtime.xla_installation import installation_mistakes
 
-DEVICES = ("TPU", "CPU")
-STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 Work = Callable[[Any, Runtime], Any]
 
 
 def launch(config: XlaPretrainConfig, work: Work, replica: Callable[..., None] | None = None) -> None:
-    """Run work(config, runtime) on every XLA device of this host; return when all replicas have.
+    """Run work(config, runtime) on the XLA devices of this host; return when it is done.
 
-    SIGTERM and Ctrl-C stop all replicas before the same step. If one replica fails the others, which would wait for it
-    in a collective for ever, are killed, and its error is raised here. `replica` replaces `run_replica` in tests.
+    With --sharding fsdp this process does it, for all devices. Else xmp.spawn starts a replica per device: SIGTERM and
+    Ctrl-C stop all replicas before the same step; if one fails the others, which would wait for it in a collective for
+    ever, are killed, and its error is raised here. `replica` replaces `run_replica` in tests.
     """
-    if mistakes := installation_mistakes():
+    if mistakes := machine_mistakes(config):
         raise UserError(mistakes)
+    if config.runtime.sharding == "fsdp":
+        run_sharded(config, work)
+        return
     import torch_xla.distributed.xla_multiprocessing as xmp
 
     # Starting it later would unblock the signals again (CPython's resource_tracker does).
@@ -52,6 +55,17 @@ def launch(config: XlaPretrainConfig, work: Work, replica: Callable[..., None] |
         supervisor.finish()
         board.remove()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def run_sharded(config: XlaPretrainConfig, work: Work) -> None:
+    """Drive all devices of this host from this process, which handles its signals itself."""
+    from gpt2_xla.runtime.xla_spmd_runtime import XlaSpmdRuntime
+
+    runtime = XlaSpmdRuntime(config.runtime)
+    try:
+        work(config, runtime)
+    finally:
+        runtime.close()
 
 
 def run_replica(index: int, board_path: str, parent: int, config: XlaPretrainConfig, work: Work) -> None:  # noqa: ARG001
@@ -77,37 +91,20 @@ def die_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def installation_mistakes() -> list[str]:
-    """Why torch_xla cannot work here; found before importing it takes seconds or fails with a traceback."""
-    mistakes = []
-    if importlib.util.find_spec("torch_xla") is None:
-        mistakes.append(
-            "torch_xla is not installed; pip install -r requirements-xla_tpu.txt -c constraints.txt (or use run_pretrain.py)"
-        )
-    else:
-        torch_version, xla_version = (importlib.metadata.version(name) for name in ("torch", "torch_xla"))
-        if torch_version.split("+")[0].split(".")[:2] != xla_version.split("+")[0].split(".")[:2]:
-            mistakes.append(
-                f"torch_xla {xla_version} does not fit torch {torch_version}: their versions must match; "
-                "pip install -r requirements-xla_tpu.txt -c constraints.txt"
-            )
-    device = os.environ.get("PJRT_DEVICE")
-    if device is None:
-        mistakes.append("PJRT_DEVICE is not set; start with PJRT_DEVICE=TPU, or PJRT_DEVICE=CPU to try without one")
-    elif device not in DEVICES:
-        mistakes.append(
-            f"PJRT_DEVICE={device} is not supported; use {' or '.join(DEVICES)} (on NVIDIA GPUs: run_pretrain.py)"
-        )
-    elif device == "TPU" and not mistakes and _no_tpu():
-        mistakes.append("PJRT_DEVICE=TPU, but this machine has no TPU; try the program with PJRT_DEVICE=CPU")
-    return mistakes
+def machine_mistakes(config: XlaPretrainConfig) -> list[str]:
+    """What the options ask of this machine that it cannot do.
 
+    With --sharding fsdp this starts the devices. Without, it must not: xmp.spawn's children could not use them any more.
+    """
+    mistakes = installation_mistakes()
+    if mistakes or config.runtime.sharding == "none":
+        return mistakes
+    from gpt2_xla.runtime.xla_spmd_runtime import start_devices
 
-def _no_tpu() -> bool:
-    """Whether no TPU chip is on the PCI bus. Private, checked on torch_xla 2.9; without it xmp.spawn fails obscurely."""
-    from torch_xla._internal import tpu
-
-    return tpu.num_available_chips() == 0
+    try:
+        return mesh_mistakes(config, config.runtime.mesh, *start_devices())
+    except UserError:  # of --mesh itself, which validation.py has told
+        return []
 
 
 class _Supervisor(threading.Thread):

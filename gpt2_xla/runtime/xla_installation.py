@@ -1,0 +1,55 @@
+"""Whether torch_xla can work here, told without importing torch or torch_xla: that takes seconds, or fails obscurely."""
+
+import importlib.metadata
+import importlib.util
+import os
+
+from gpt2_xla.runtime.tpu_host import tpu_chips
+
+DEVICES = ("TPU", "CPU")
+HALVING = (
+    "XLA_USE_BF16",
+    "XLA_DOWNCAST_BF16",
+)  # announced as gone after 2.6, but 2.9 still rounds every float32 tensor
+
+
+def installation_mistakes() -> list[str]:
+    """Why torch_xla cannot work here; found before importing it takes seconds or fails with a traceback."""
+    mistakes = package_mistakes()
+    device = os.environ.get("PJRT_DEVICE")
+    if device is None:
+        mistakes.append(
+            "PJRT_DEVICE is not set; start with PJRT_DEVICE=TPU, or PJRT_DEVICE=CPU to try without one "
+            "(python scripts/doctor.py tells what this machine has)"
+        )
+    elif device not in DEVICES:
+        mistakes.append(
+            f"PJRT_DEVICE={device} is not supported; use {' or '.join(DEVICES)} (on NVIDIA GPUs: run_pretrain.py)"
+        )
+    elif device == "TPU" and not tpu_chips():
+        mistakes.append(
+            "PJRT_DEVICE=TPU, but this machine has no TPU; try the program with PJRT_DEVICE=CPU "
+            "(python scripts/doctor.py tells what this machine has)"
+        )
+    for name in HALVING:
+        if os.environ.get(name, "0") not in ("", "0"):
+            mistakes.append(
+                f"{name}={os.environ[name]} makes torch_xla keep float32 tensors in bf16, weights and optimizer state too; "
+                f"unset {name} (--mixed-precision bf16 is what you want)"
+            )
+    return mistakes
+
+
+def package_mistakes() -> list[str]:
+    """Whether torch_xla is there and fits torch."""
+    if importlib.util.find_spec("torch_xla") is None:
+        return [
+            "torch_xla is not installed; pip install -r requirements-xla_tpu.txt -c constraints.txt (or use run_pretrain.py)"
+        ]
+    torch_version, xla_version = (importlib.metadata.version(name) for name in ("torch", "torch_xla"))
+    if torch_version.split("+")[0].split(".")[:2] != xla_version.split("+")[0].split(".")[:2]:
+        return [
+            f"torch_xla {xla_version} does not fit torch {torch_version}: their versions must match; "
+            "pip install -r requirements-xla_tpu.txt -c constraints.txt"
+        ]
+    return []
