@@ -4,6 +4,7 @@ libtpu may abort, take long or hold gigabytes, so the caller starts this file as
 jax calls of the project are here; checked on jax 0.7.1 and libtpu 0.0.21.
 """
 
+import gzip
 import json
 import os
 import sys
@@ -11,6 +12,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from gpt2_xla.durable_files import atomic_write
 
 # The compiler looks for a TPU VM's metadata server and hosts unless told that there is none.
 ENVIRONMENT = {
@@ -34,7 +37,7 @@ class Request:
     partitions: int = 1  # devices that share one program
     argument_shardings: list[str | None] = field(default_factory=list)  # GSPMD's text for each argument; [] for none
     result_shardings: list[str | None] = field(default_factory=list)
-    hlo: str = ""  # file for the scheduled program's text
+    hlo: str = ""  # file for the scheduled program's text, compressed by gzip
     answer: str = ""  # file for the Answer
 
 
@@ -79,7 +82,8 @@ def compile_request(request: Request) -> Answer:
     except Exception as error:  # noqa: BLE001 - XLA's error types differ between versions; the text is the answer
         return Answer(error=str(error))
     if request.hlo:
-        Path(request.hlo).write_text(executable.hlo_modules()[0].to_string())
+        with atomic_write(Path(request.hlo)) as file:  # it may be a cache's
+            file.write(gzip.compress(executable.hlo_modules()[0].to_string().encode(), 3))
     memory = executable.get_compiled_memory_stats()
     return Answer(
         arguments=memory.argument_size_in_bytes,
@@ -147,7 +151,9 @@ def main() -> None:
     """Compile the request of a file, write the answer to another."""
     request = Request(**json.loads(Path(sys.argv[1]).read_text()))
     os.environ.update(ENVIRONMENT)
-    Path(request.answer).write_text(json.dumps(asdict(compile_request(request))))
+    answer = json.dumps(asdict(compile_request(request)))
+    with atomic_write(Path(request.answer)) as file:
+        file.write(answer.encode())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ ARRAY = re.compile(rf"\b({'|'.join(BYTES)})\[([\d,]*)\](\{{[^}}]*\}})?")
 ON_CHIP = re.compile(r"S\([1-9]\)")  # a memory space of the layout; none, or S(0), is HBM
 INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
 HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
-CALLED = re.compile(r"(calls|body|condition|to_apply|called_computations|true_computation|false_computation)=%([\w.\-]+)")
+CALLED = re.compile(
+    r"(calls|body|condition|to_apply|called_computations|true_computation|false_computation)=%([\w.\-]+)"
+)
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 SOURCE = re.compile(r'source_file="([^"]*)" source_line=(\d+)')
@@ -43,6 +45,9 @@ class Array:
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
 
 
+COUNT = Array("s32", (), False)
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One line of a computation."""
@@ -57,16 +62,10 @@ class Instruction:
     @cached_property
     def calls(self) -> dict[str, str]:
         """Computations by the attribute that names them; a conditional's branches by their numbers."""
-        found = {attribute: name for attribute, name in CALLED.findall(self.text)}
+        found: dict[str, str] = dict(CALLED.findall(self.text))
         if branches := BRANCHES.search(self.text):
             found |= {f"branch{i}": name.strip().lstrip("%") for i, name in enumerate(branches[1].split(","))}
         return found
-
-    @property
-    def trips(self) -> int:
-        """How often a while loop runs, as far as the compiler knows; 1 if it does not."""
-        found = TRIPS.search(self.text)
-        return int(found[1]) if found else 1
 
     @property
     def source(self) -> str:
@@ -94,6 +93,17 @@ class Program:
                 instruction = _instruction(found[2], found[3], bool(found[1]))
                 current[instruction.name] = instruction
 
+    def trips(self, loop: Instruction) -> int:
+        """How often a while loop runs: as the compiler says, or the bound that its condition compares a count from 0 with; else 1."""
+        if found := TRIPS.search(loop.text):
+            return int(found[1])
+        bounds = [
+            int(instruction.text.partition(")")[0])
+            for _, instruction in self._inside(loop.calls["condition"])
+            if instruction.opcode == "constant" and instruction.arrays == (COUNT,)
+        ]
+        return max(bounds, default=1)
+
     def executed(self) -> Iterator[tuple[str, Instruction, int]]:
         """Every instruction that runs as itself (not inside a fusion): its computation, it, and how often it runs."""
         yield from self._executed(self.entry, 1)
@@ -102,7 +112,7 @@ class Program:
         for instruction in self.computations[name].values():
             calls = instruction.calls
             if instruction.opcode == "while":
-                yield from self._executed(calls["body"], times * instruction.trips)
+                yield from self._executed(calls["body"], times * self.trips(instruction))
             elif instruction.opcode == "call":
                 yield from self._executed(calls["to_apply"], times)
             elif instruction.opcode == "conditional":
@@ -111,16 +121,17 @@ class Program:
             else:
                 yield name, instruction, times
 
-    def everywhere(self) -> Iterator[tuple[Instruction, int]]:
-        """Every instruction, those inside fusions and asynchronous calls too, and how often it runs."""
-        for _, instruction, times in self.executed():
-            yield instruction, times
+    def everywhere(self) -> Iterator[tuple[str, Instruction, int]]:
+        """The same with those inside fusions and asynchronous calls."""
+        for computation, instruction, times in self.executed():
+            yield computation, instruction, times
             if instruction.opcode in ("fusion", "async-start") and "calls" in instruction.calls:
-                yield from ((inner, times) for inner in self._inside(instruction.calls["calls"]))
+                for inside, inner in self._inside(instruction.calls["calls"]):
+                    yield inside, inner, times
 
-    def _inside(self, name: str) -> Iterator[Instruction]:
+    def _inside(self, name: str) -> Iterator[tuple[str, Instruction]]:
         for instruction in self.computations[name].values():
-            yield instruction
+            yield name, instruction
             if instruction.opcode == "fusion":
                 yield from self._inside(instruction.calls["calls"])
 

@@ -80,14 +80,16 @@ def topology(name: str) -> Topology:
         options["chip_config_name"] = "megacore"  # two cores as one device, as on every v4 VM
     if chips == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
-    return Topology(
-        f"{generation}-{count}", device, chips, f"{generation}:{SHAPES[generation][chips]}", options
-    )
+    return Topology(f"{generation}-{count}", device, chips, f"{generation}:{SHAPES[generation][chips]}", options)
 
 
 def known_names() -> list[str]:
     """All slices, by the names that users rent them by."""
-    return [f"{generation}-{chips * DEVICES[generation].cores_per_chip}" for generation in SHAPES for chips in SHAPES[generation]]
+    return [
+        f"{generation}-{chips * DEVICES[generation].cores_per_chip}"
+        for generation in SHAPES
+        for chips in SHAPES[generation]
+    ]
 
 
 def _listed() -> str:

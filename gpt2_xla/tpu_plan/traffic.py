@@ -19,7 +19,13 @@ FREE = {
     "opt-barrier", "add-dependency",
 }  # fmt: skip
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
-PASSES = {"bitcast", "reshape", "copy", "convert", "transpose"}  # in front of a fusion's slice they move nothing themselves
+PASSES = {
+    "bitcast",
+    "reshape",
+    "copy",
+    "convert",
+    "transpose",
+}  # in front of a fusion's slice they move nothing themselves
 
 
 @dataclass(frozen=True)
@@ -38,11 +44,15 @@ class Traffic:
 
     hbm: int  # bytes
     movers: list[Mover]  # the most first
-    collectives: dict[str, tuple[int, int]] = field(default_factory=dict)  # kind → how many, bytes of their results
+    collectives: dict[str, tuple[int, int]] = field(
+        default_factory=dict
+    )  # kind → how many, bytes of their larger sides
     dot_flops: float = 0.0  # of matrix multiplications; kernels are not in it
     bf16_dots: int = 0
     other_dots: int = 0
-    kernels: list[tuple[str, tuple[Array, ...], int]] = field(default_factory=list)  # custom calls: source, operands, times
+    kernels: list[tuple[str, tuple[Array, ...], int]] = field(
+        default_factory=list
+    )  # custom calls: source, operands, times
     host_transfers: int = 0
 
 
@@ -151,17 +161,16 @@ def _written(inner: dict[str, Instruction], array: Array, root: Instruction) -> 
 
 
 def _compute(program: Program) -> tuple[dict[str, tuple[int, int]], float, int, int, int]:
+    """Collectives, matrix multiplications and transfers to the host, also those inside fusions."""
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     flops, bf16, other, host = 0.0, 0, 0, 0
     arrays = {name: i.arrays for instructions in program.computations.values() for name, i in instructions.items()}
-    for instruction, times in program.everywhere():
-        kind = instruction.opcode.removesuffix("-start")
+    for computation, instruction, times in program.everywhere():
+        kind = _collective(computation, instruction)
         if kind in COLLECTIVES:
             counts[kind] += times
-            sizes[kind] += times * max((a.bytes for a in instruction.arrays), default=0) if kind != "all-reduce" else (
-                times * sum(a.bytes for a in instruction.arrays)
-            )
+            sizes[kind] += times * _whole_bytes(kind, instruction, arrays)
         elif kind in ("convolution", "dot"):
             sides = [arrays[name][0] for name in instruction.operands[:2] if arrays.get(name)]
             flops += times * _dot_flops(instruction, sides)
@@ -172,6 +181,21 @@ def _compute(program: Program) -> tuple[dict[str, tuple[int, int]], float, int, 
         elif kind in ("send", "recv", "infeed", "outfeed"):
             host += times
     return {kind: (counts[kind], sizes[kind]) for kind in counts}, flops, bf16, other, host
+
+
+def _collective(computation: str, instruction: Instruction) -> str:
+    """What an instruction does; from v4 on the compiler writes a reduce-scatter as a fusion of an all-reduce and a slice."""
+    kind = instruction.opcode.removesuffix("-start")
+    return "reduce-scatter" if kind == "all-reduce" and computation.startswith("all-reduce-scatter") else kind
+
+
+def _whole_bytes(kind: str, instruction: Instruction, arrays: dict[str, tuple[Array, ...]]) -> int:
+    """Bytes of the larger side: what an all-gather makes, a reduce-scatter takes. Operands stand in a -start's result too."""
+    taken = sum(array.bytes for name in instruction.operands for array in arrays.get(name, ()))
+    made = sum(array.bytes for array in instruction.arrays)
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
+        made -= taken
+    return max(taken, made)
 
 
 def _dot_flops(instruction: Instruction, sides: list[Array]) -> float:
@@ -186,7 +210,9 @@ def _dot_flops(instruction: Instruction, sides: list[Array]) -> float:
         window = re.search(r"window=\{([^}]*)\}", instruction.text)
         return 2.0 * result * summed * (_window(window[1]) if window else 1)
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
-    return 2.0 * result * math.prod(sides[0].shape[int(d)] for d in contracted[1].split(",") if d) if contracted else 0.0
+    return (
+        2.0 * result * math.prod(sides[0].shape[int(d)] for d in contracted[1].split(",") if d) if contracted else 0.0
+    )
 
 
 def _window(text: str) -> int:
