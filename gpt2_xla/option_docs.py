@@ -10,6 +10,7 @@ from gpt2_xla.script_config import (
     FinewebConfig,
     GenerateConfig,
     InspectConfig,
+    PlanConfig,
     PrepareConfig,
 )
 
@@ -24,6 +25,7 @@ COMMANDS = {
     "scripts/bench_loader.py": BenchLoaderConfig,
     "scripts/inspect_data.py": InspectConfig,
     "scripts/doctor.py": DoctorConfig,
+    "scripts/plan_tpu.py": PlanConfig,
 }
 
 

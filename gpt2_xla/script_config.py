@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from gpt2_xla.config import ModelConfig, option
+from gpt2_xla.config import ModelConfig, XlaPretrainConfig, option
 
 OUTPUT_DIR = "folder that receives train/ and valid/"
 
@@ -176,3 +176,28 @@ class DoctorConfig:
         "runs/gpt2", "run folder whose disk is measured and whose newest checkpoint is checked"
     )
     time_limit: int = option(60, "seconds for all checks together; what has not ended by then is killed and reported")
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What to plan"""
+
+    tpu: tuple[str, ...] = option(
+        ("v3-8", "v5e-8", "v6e-8"), "slices to compile for, by the names that they are rented by"
+    )
+    tokens: float = option(10e9, "tokens of the whole training, for days and dollars")
+    dollars_per_chip_hour: float | None = option(None, "price of a chip-hour; default: no dollars are told")
+    find_batch: bool = option(
+        False, "find the largest --train-batch-size that fits each slice, by doubling and halving from the one given"
+    )
+    json: bool = option(False, "print JSON instead of text")
+    time_limit: int = option(1200, "seconds for one compilation; what has not ended by then is killed and reported")
+    jobs: int | None = option(None, "compilations at a time; default: as many as cores and memory allow")
+    plan_cache: str = option("~/.cache/gpt2_xla/tpu_plan", "folder that keeps what the compiler said")
+
+
+@dataclass(frozen=True)
+class PlanConfig(XlaPretrainConfig):
+    """Options of scripts/plan_tpu.py."""
+
+    plan: PlanOptions = PlanOptions()

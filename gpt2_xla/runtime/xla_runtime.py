@@ -59,7 +59,7 @@ class XlaRuntime:
             model.tie_weights()  # moving to an XLA device makes two tensors of a tied one
             self._attention = f", {pull_levers(model, self.config, self.device)} attention"
         self._lay_out(model)
-        torch_xla.sync()
+        self.end_step()
         return model
 
     def _lay_out(self, model: nn.Module) -> None:
@@ -80,7 +80,7 @@ class XlaRuntime:
             for state in optimizer.state.values():
                 state["max_exp_avg_sq"] = torch.empty(0, dtype=torch.float, device=self.device)
         self._lay_out_state(model, optimizer)
-        torch_xla.sync()
+        self.end_step()
         return optimizer
 
     def _lay_out_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

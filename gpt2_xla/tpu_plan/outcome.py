@@ -1,0 +1,99 @@
+"""What a compilation means for the user: does it fit, how fast can it be at best, what would a training cost."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from gpt2_xla.model import flops_per_token
+from gpt2_xla.tpu_plan.estimate import Bounds, bounds, training_days
+from gpt2_xla.tpu_plan.plan import Compiled
+
+GIB = 2**30
+LARGEST_MOVERS = 10
+LARGEST_BUFFERS = 5
+USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+BUFFER = re.compile(r"Size: (\S+)\s+(?:Operator: (.*)\s+)?Shape: ([^\s{]+)")
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """Why a program does not fit: bytes, and the largest buffers at the fullest moment."""
+
+    needed: float
+    usable: float
+    buffers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What no run of the program can beat."""
+
+    bounds: Bounds
+    tokens_per_second: float
+    mfu: float
+
+
+def shortage(error: str) -> Shortage | None:
+    """What the compiler says of a program that does not fit; None if that is not what it says."""
+    found = USED.search(error)
+    if found is None:
+        return None
+    needed, usable = (float(found[i]) * UNITS[found[i + 1]] for i in (1, 3))
+    buffers = [
+        f"{size} {shape}" + (f" {name[1]}" if (name := re.search(r'op_name="([^"]*)"', operator or "")) else "")
+        for size, operator, shape in BUFFER.findall(error)
+    ]
+    return Shortage(needed, usable, tuple(buffers[:LARGEST_BUFFERS]))
+
+
+def speed(compiled: Compiled) -> Speed:
+    """Bounds of a compiled program, from published peaks."""
+    assert compiled.traffic is not None
+    config, target = compiled.wish.config, compiled.wish.slice
+    limits = bounds(compiled.traffic, target.device, target.devices)
+    tokens_per_second = config.tokens_per_step / limits.step
+    flops = flops_per_token(config.model, compiled.parameters)
+    return Speed(limits, tokens_per_second, tokens_per_second * flops / (target.device.peak * target.devices))
+
+
+def facts(compiled: Compiled) -> dict[str, Any]:
+    """All that is known, for --json. Bytes, seconds, FLOPs; of one device, unless said otherwise."""
+    target, config = compiled.wish.slice, compiled.wish.config
+    known: dict[str, Any] = {
+        "slice": target.name,
+        "chips": target.chips,
+        "devices": target.devices,
+        "train_batch_size": config.data.train_batch_size,
+        "usable_hbm": target.device.hbm,
+        "fits": compiled.fits,
+    }
+    if compiled.failure:
+        return known | {"fits": None, "failure": compiled.failure}
+    if compiled.answer.error:
+        short = shortage(compiled.answer.error)
+        return known | (
+            {"needed": short.needed, "largest": short.buffers} if short else {"error": compiled.answer.error}
+        )
+    assert compiled.traffic is not None
+    answer, traffic, fast = compiled.answer, compiled.traffic, speed(compiled)
+    days = training_days(config.plan.tokens, fast.tokens_per_second)
+    price = config.plan.dollars_per_chip_hour
+    return known | {
+        "peak": answer.peak,
+        "arguments": answer.arguments,
+        "aliased": answer.aliased,
+        "temporaries": answer.temporaries,
+        "code": answer.code,
+        "matmul_flops": traffic.dot_flops,
+        "hbm_traffic": traffic.hbm,
+        "collectives": {kind: {"count": n, "bytes": size} for kind, (n, size) in traffic.collectives.items()},
+        "seconds": {name: getattr(fast.bounds, name) for name in ("compute", "hbm", "interconnect", "step")},
+        "limit": fast.bounds.limit,
+        "movers": [vars(mover) for mover in traffic.movers[:LARGEST_MOVERS]],
+        "tokens_per_second_bound": fast.tokens_per_second,
+        "mfu_bound": fast.mfu,
+        "days": [days.least, days.most],
+        "dollars": [n * 24 * target.chips * price for n in (days.least, days.most)] if price is not None else None,
+        "ran": False,
+    }
