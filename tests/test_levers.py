@@ -98,7 +98,7 @@ def xla_mistakes(*flags):
                 "2",
             ],
             [
-                "--attention flash needs a TPU, but PJRT_DEVICE is CPU; use --attention auto",
+                "--attention flash needs a TPU, but the device is CPU; use --attention auto",
                 "--attention flash has no dropout, but --dropout is 0.1; use --attention auto",
                 "--attention flash takes a --seq-length that is a multiple of 128, not 1000; use --attention auto",
                 "--attention flash takes heads of at most 128 or a multiple of 128, but --d-model / --num-heads is 160; use --attention auto",
@@ -113,9 +113,8 @@ def test_what_a_lever_cannot_do_is_said_in_a_sentence(flags, sentences, monkeypa
 
 
 def test_flash_wants_a_recent_tpu_and_jax(monkeypatch):
-    monkeypatch.setenv("PJRT_DEVICE", "TPU")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "jax" else object())
-    assert [text.split(",")[0] for text in flash_obstacles(ModelConfig())] == ["needs jax"]
+    assert [text.split(",")[0] for text in flash_obstacles(ModelConfig(), "TPU")] == ["needs jax"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert flash_obstacles(ModelConfig(), "TPU v3") == ["needs a TPU v4 or later, but this is a TPU v3"]
     for preset, kind in (("gpt2", "TPU v4"), ("gpt2-6h", "TPU v5 lite"), ("gpt2-xl", "TPU v6 lite")):
@@ -180,3 +179,10 @@ def test_the_attention_kernel_is_causal_attention_in_value_and_gradients():
     rounding = found.pop("bf16")
     assert all(max(differences) < 1e-5 for differences in found.values())
     assert max(rounding) < 0.05
+
+
+@pytest.mark.xla
+def test_on_a_mesh_each_device_runs_the_kernel_on_its_own_sequences_and_heads():
+    pytest.importorskip("jax", reason="the kernel is jax's")
+    output = run(*PYTHON, str(ROOT / "tests" / "xla_splash.py"), "sharded", CPU_NUM_DEVICES="8")
+    assert max(json.loads(output.splitlines()[-1])) < 1e-4

@@ -9,20 +9,16 @@ from gpt2_xla.config import ModelConfig, XlaPretrainConfig
 BLOCK_MULTIPLE = 128  # of queries and of keys: a row of the TPU's vector registers
 
 
-def flash_obstacles(model: ModelConfig, device_kind: str | None = None) -> list[str]:
-    """Why the kernel cannot be used: what it needs, and what there is instead.
-
-    `device_kind` is PJRT's name of the device, where it is known.
-    """
+def flash_obstacles(model: ModelConfig, device_kind: str) -> list[str]:
+    """Why the kernel cannot be used on devices of that kind, PJRT's name such as `TPU v4`: what it needs, what there is."""
     obstacles = []
-    device = os.environ.get("PJRT_DEVICE")
-    if device != "TPU":
-        obstacles.append(f"needs a TPU, but PJRT_DEVICE is {device or 'not set'}")
+    generation = re.match(r"TPU v(\d+)", device_kind)
+    if not device_kind.startswith("TPU"):
+        obstacles.append(f"needs a TPU, but the device is {device_kind}")
     elif importlib.util.find_spec("jax") is None:
         obstacles.append(
             "needs jax, which is not installed (pip install -r requirements-xla_tpu.txt -c constraints.txt)"
         )
-    generation = re.match(r"TPU v(\d+)", device_kind or "")
     if generation and int(generation[1]) < 4:
         obstacles.append(f"needs a TPU v4 or later, but this is a {device_kind}")
     if model.dropout:
@@ -36,10 +32,11 @@ def flash_obstacles(model: ModelConfig, device_kind: str | None = None) -> list[
 
 
 def attention_mistakes(config: XlaPretrainConfig) -> list[str]:
-    """What --attention flash asks of this model and machine that the kernel cannot do."""
-    if config.runtime.attention != "flash":
+    """What --attention flash asks of this model and machine that the kernel cannot do, before its devices are started."""
+    device = os.environ.get("PJRT_DEVICE")
+    if config.runtime.attention != "flash" or device is None:
         return []
-    return [flash_sentence(obstacle) for obstacle in flash_obstacles(config.model)]
+    return [flash_sentence(obstacle) for obstacle in flash_obstacles(config.model, device)]
 
 
 def flash_sentence(obstacle: str) -> str:

@@ -31,6 +31,7 @@ from gpt2_xla.runtime.stop_signals import StopSource
 from gpt2_xla.runtime.torch_runtime import clip_gradients
 from gpt2_xla.runtime.xla_levers import pull_levers
 from gpt2_xla.runtime.xla_profile import xla_profile
+from gpt2_xla.runtime.xla_splash import Mapped
 
 _cache_lock = threading.Lock()
 
@@ -61,6 +62,15 @@ class XlaRuntime:
         self._lay_out(model)
         self.end_step()
         return model
+
+    def _pull_levers(self, model: nn.Module) -> None:
+        if isinstance(model, GPT):
+            attention = pull_levers(model, self.config, self._device_kind(), self._mapped())
+            self._attention = f", {attention} attention"
+
+    def _mapped(self) -> Mapped | None:
+        """Who holds which heads, if not each device all of its own."""
+        return None
 
     def _lay_out(self, model: nn.Module) -> None:
         """Before the first launch: who holds which part of the weights. Here every replica gets rank 0's."""

@@ -23,7 +23,7 @@ from gpt2_xla.model import GPT
 from gpt2_xla.runtime.mesh import AXES, ROWS, Layout, mesh_shape
 from gpt2_xla.runtime.stop_signals import StopSignals
 from gpt2_xla.runtime.tpu_host import tpu_chips
-from gpt2_xla.runtime.xla_partition import WHOLE, Partition, partition_spec
+from gpt2_xla.runtime.xla_partition import WHOLE, ByHeads, Partition, partition_spec
 from gpt2_xla.runtime.xla_runtime import XlaRuntime
 from gpt2_xla.runtime.xla_shards import put_together, shard_bytes, tiles
 
@@ -59,6 +59,9 @@ class XlaSpmdRuntime(XlaRuntime):
         assert isinstance(model, GPT)  # the marks are for its modules
         self.partition.cut_model(model)
         self._held += model.parameters()
+
+    def _mapped(self) -> ByHeads:
+        return ByHeads(self.partition)
 
     def _lay_out_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         for name, parameter in model.named_parameters():
@@ -123,4 +126,4 @@ class XlaSpmdRuntime(XlaRuntime):
 
     def _device_kind(self) -> str:
         chips = tpu_chips()  # from the PCI bus: torch_xla 2.9 knows only the one virtual device
-        return chips[0] if chips else ""
+        return chips[0] if chips else str(xr.device_type())
