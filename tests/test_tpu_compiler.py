@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from commands import PYTHON, ROOT, run
+from commands import PYTHON, ROOT
 
 from gpt2_xla.config import DataConfig, ModelConfig, PlanConfig, PlanOptions, XlaConfig
 
