@@ -20,11 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason, what needs a torch_xla that is not there (the torchrun path runs on newer torch without it)."""
-    if importlib.util.find_spec("torch_xla") is None:
-        for item in items:
-            if item.get_closest_marker("xla"):
-                item.add_marker(pytest.mark.skip(reason="needs torch_xla"))
+    """Skip, with the reason, what needs a package that is not there (the torchrun path runs on newer torch without torch_xla)."""
+    needed = {"xla": ("torch_xla",), "tpu_compiler": ("torch_xla", "libtpu", "jax", "jaxlib")}
+    for marker, packages in needed.items():
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        for item in items if missing else ():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(missing)}"))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import gzip
 import json
 import os
 import sys
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ class Request:
     program: str  # file: an HloModuleProto
     topology: str  # the compiler's name
     topology_options: dict[str, Any]
+    donated: list[int]  # arguments whose memory results may take: parameters and optimizer state, as torch_xla does it
     replicas: int = 1  # copies of the program, each with its own data
     partitions: int = 1  # devices that share one program
     argument_shardings: list[str | None] = field(default_factory=list)  # GSPMD's text for each argument; [] for none
@@ -106,30 +106,15 @@ def _module(request: Request) -> bytes:
     with mlir.make_ir_context():
         module = ir.Module.parse(text)
         main = next(op for op in module.body.operations if op.name.value == "main")
-        arguments, results = ([str(t) for t in types] for types in (main.type.inputs, main.type.results))
-        donated = _donated(arguments, results, request.argument_shardings, request.result_shardings)
         main.arg_attrs = ir.ArrayAttr.get(
             [
-                _attributes(ir, {"jax.buffer_donor": ir.BoolAttr.get(True)} if i in donated else {}, sharding)
-                for i, sharding in enumerate(_filled(request.argument_shardings, len(arguments)))
+                _attributes(ir, {"jax.buffer_donor": ir.BoolAttr.get(True)} if i in request.donated else {}, sharding)
+                for i, sharding in enumerate(_filled(request.argument_shardings, len(main.type.inputs)))
             ]
         )
         if request.result_shardings:
             main.result_attrs = ir.ArrayAttr.get([_attributes(ir, {}, s) for s in request.result_shardings])
         return mlir.module_to_bytecode(module)
-
-
-def _donated(
-    arguments: list[str], results: list[str], argument_shardings: list[str | None], result_shardings: list[str | None]
-) -> set[int]:
-    """Arguments whose memory a result may take: those of a result's type. Parameters and optimizer state, in a train step."""
-    free = Counter(zip(results, _filled(result_shardings, len(results)), strict=True))
-    donated = set()
-    for i, kind in enumerate(zip(arguments, _filled(argument_shardings, len(arguments)), strict=True)):
-        if free[kind]:
-            free[kind] -= 1
-            donated.add(i)
-    return donated
 
 
 def _filled(shardings: list[str | None], count: int) -> list[str | None]:

@@ -95,5 +95,6 @@ def facts(compiled: Compiled) -> dict[str, Any]:
         "mfu_bound": fast.mfu,
         "days": [days.least, days.most],
         "dollars": [n * 24 * target.chips * price for n in (days.least, days.most)] if price is not None else None,
+        "program": str(compiled.program),
         "ran": False,
     }

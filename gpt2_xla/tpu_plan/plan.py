@@ -46,7 +46,8 @@ class Compiled:
     failure: str = ""  # why the compiler said nothing
     answer: Answer = Answer()
     parameters: int = 0
-    traffic: Traffic | None = None  # None where there is no program
+    program: Path | None = None  # file of the scheduled program's text (gzip); None where there is none
+    traffic: Traffic | None = None  # what it moves
 
     @property
     def fits(self) -> bool:
@@ -105,6 +106,7 @@ class Planner:
             str(program),
             wish.slice.compiler_name,
             wish.slice.options,
+            donated=[number for number, name in enumerate(trace.arguments) if name not in ("", "batch")],
             replicas=1 if sharded else devices,
             partitions=devices if sharded else 1,
             argument_shardings=list(trace.argument_shardings),
@@ -139,8 +141,13 @@ class Planner:
         answer = Answer(**json.loads(Path(request.answer).read_text()))
         if answer.error:
             return Compiled(wish, "", answer, parameters)
-        text = gzip.decompress(Path(request.hlo).read_bytes()).decode()
-        return Compiled(wish, "", answer, parameters, count_traffic(Program(text)))
+        program = Path(request.hlo)
+        return Compiled(wish, "", answer, parameters, program, count_traffic(read_program(program)))
+
+
+def read_program(file: Path) -> Program:
+    """A program that the cache keeps."""
+    return Program(gzip.decompress(file.read_bytes()).decode())
 
 
 def _read_trace(job: Job) -> Trace:

@@ -56,6 +56,7 @@ def _lines(compiled: Compiled) -> Iterator[tuple[str, str]]:
         yield from _speed_lines(compiled.traffic, speed(compiled))
         yield from _cost_lines(compiled, speed(compiled))
         yield from _mover_lines(compiled.traffic.movers[:LARGEST_MOVERS])
+        yield "program", f"zless {compiled.program}"
 
 
 def _short_lines(short: Shortage) -> Iterator[tuple[str, str]]:
