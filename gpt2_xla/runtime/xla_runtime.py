@@ -58,8 +58,8 @@ class XlaRuntime:
         model.to(self.device)
         if isinstance(model, GPT):
             model.tie_weights()  # moving to an XLA device makes two tensors of a tied one
-            self._attention = f", {pull_levers(model, self.config, self.device)} attention"
         self._lay_out(model)
+        self._pull_levers(model)
         self.end_step()
         return model
 
@@ -213,7 +213,7 @@ class XlaRuntime:
 
     def _device_kind(self) -> str:
         """What PJRT calls a device of this kind."""
-        return xm.xla_device_kind(self.device)
+        return str(xm.xla_device_kind(str(self.device)))
 
     def close(self) -> None:
         self._board.close()
