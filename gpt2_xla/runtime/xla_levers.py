@@ -2,8 +2,6 @@
 
 from typing import Literal
 
-import torch
-import torch_xla.core.xla_model as xm
 import torch_xla.runtime as xr
 from torch_xla.utils.checkpoint import checkpoint
 
@@ -16,13 +14,13 @@ from gpt2_xla.runtime.xla_scan import ScannedBlocks
 from gpt2_xla.runtime.xla_splash import splash_attention
 
 
-def pull_levers(model: GPT, config: XlaConfig, device: torch.device) -> Literal["flash", "math"]:
+def pull_levers(model: GPT, config: XlaConfig, device_kind: str) -> Literal["flash", "math"]:
     """Make the model compute as the options say; return what --attention came to.
 
-    Raises `UserError` if this device lacks what an option needs.
+    `device_kind` is PJRT's name for the device. Raises `UserError` if this device lacks what an option needs.
     """
     model.use(fuses=True)
-    attention = attention_kind(model, config, device)
+    attention = attention_kind(model, config, device_kind)
     if attention == "flash":
         model.use(attend=splash_attention)
     if config.scan_layers:
@@ -33,11 +31,11 @@ def pull_levers(model: GPT, config: XlaConfig, device: torch.device) -> Literal[
     return attention
 
 
-def attention_kind(model: GPT, config: XlaConfig, device: torch.device) -> Literal["flash", "math"]:
+def attention_kind(model: GPT, config: XlaConfig, device_kind: str) -> Literal["flash", "math"]:
     """What --attention means on this device."""
     if config.attention == "math":
         return "math"
-    obstacles = flash_obstacles(model.config, xm.xla_device_kind(str(device)))
+    obstacles = flash_obstacles(model.config, device_kind)
     if xr.is_spmd():  # torch_xla's kernel would have to be told how q, k and v are cut
         obstacles.append("does not work on a sharded model yet")
     if obstacles and config.attention == "flash":

@@ -57,8 +57,9 @@ class XlaRuntime:
         model.to(self.device)
         if isinstance(model, GPT):
             model.tie_weights()  # moving to an XLA device makes two tensors of a tied one
-            self._attention = f", {pull_levers(model, self.config, self.device)} attention"
         self._lay_out(model)
+        if isinstance(model, GPT):  # after the layout, whose own attention a lever may wrap
+            self._attention = f", {pull_levers(model, self.config, self._device_kind())} attention"
         self.end_step()
         return model
 
