@@ -152,6 +152,8 @@ def _lever_mistakes(config: PretrainConfig) -> list[str]:
     mistakes = []
     if runtime.activation_checkpointing == "selective":
         mistakes.append("--activation-checkpointing selective is not supported with --scan-layers; use block or none")
+    if runtime.sharding == "fsdp":
+        mistakes.append("--scan-layers is not supported with --sharding fsdp; leave one of them out")
     if config.model.dropout:
         mistakes.append(
             f"--scan-layers has no dropout, but --dropout is {config.model.dropout:g}; use --dropout 0, or leave it out"

@@ -80,6 +80,10 @@ def xla_mistakes(*flags):
             ["--activation-checkpointing selective is not supported with --scan-layers; use block or none"],
         ),
         (
+            ["--scan-layers", "--sharding", "fsdp"],
+            ["--scan-layers is not supported with --sharding fsdp; leave one of them out"],
+        ),
+        (
             ["--scan-layers", "--dropout", "0.1"],
             ["--scan-layers has no dropout, but --dropout is 0.1; use --dropout 0, or leave it out"],
         ),

@@ -59,7 +59,7 @@ class XlaRuntime:
         if isinstance(model, GPT):
             model.tie_weights()  # moving to an XLA device makes two tensors of a tied one
         self._lay_out(model)
-        self._pull_levers(model)
+        self._pull_levers(model)  # after the layout, whose own attention a lever may wrap
         self.end_step()
         return model
 
