@@ -5,9 +5,9 @@ import signal
 import sys
 
 from gpt2_xla.cli import parse
-from gpt2_xla.config import GenerateConfig
 from gpt2_xla.errors import run_main
 from gpt2_xla.generation import run
+from gpt2_xla.script_config import GenerateConfig
 
 
 def main() -> None:

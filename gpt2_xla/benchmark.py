@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from gpt2_xla.config import (
-    BenchConfig,
     DataConfig,
     PretrainConfig,
     RunConfig,
@@ -27,6 +26,7 @@ from gpt2_xla.config import (
     to_dict,
 )
 from gpt2_xla.runtime.base import Runtime
+from gpt2_xla.script_config import BenchConfig
 
 WARMUP_STEPS = 3
 TURNS = 10
@@ -100,7 +100,7 @@ class _OurLoop:
         from gpt2_xla.model import build_model, flops_per_token, parameter_count
         from gpt2_xla.train import Run
 
-        model = build_model(config.model, config.runtime.loss_chunk, config.run.seed)
+        model = build_model(config.model, config.runtime.loss_chunk, config.run.seed, config.runtime.vocab_multiple)
         self.parameters = parameter_count(model)
         self.flops_per_token = flops_per_token(config.model, self.parameters)
         self.data = PretrainingData.open(config, runtime.rank, runtime.world_size)

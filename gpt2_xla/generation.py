@@ -10,10 +10,10 @@ from typing import TypeVar
 import torch
 
 from gpt2_xla import checkpoint, sampling
-from gpt2_xla.config import GenerateConfig
 from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
 from gpt2_xla.runtime.torch_runtime import pick_accelerator
+from gpt2_xla.script_config import GenerateConfig
 from gpt2_xla.tokenizer import Tokenizer, load_tokenizer
 
 Result = TypeVar("Result")

@@ -4,7 +4,7 @@ Letters: B batch, T sequence length, C model dimension, H heads, D head dimensio
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,17 @@ from gpt2_xla.config import ModelConfig
 from gpt2_xla.loss import next_token_loss
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # q, k, v (B, H, T, D) and dropout -> (B, H, T, D)
+RunBlocks = Callable[[Iterable[nn.Module], Tensor], Tensor]  # blocks and their input (B, T, C) -> (B, T, C)
 
 
 class GPT(nn.Module):
     """A decoder-only transformer: pre-norm blocks, learned positions, output layer tied to the token embedding."""
 
-    def __init__(self, config: ModelConfig, loss_chunk: int = 0) -> None:
+    def __init__(self, config: ModelConfig, loss_chunk: int = 0, vocab_multiple: int = 1) -> None:
         super().__init__()
-        self.config, self.loss_chunk = config, loss_chunk
+        self.config, self.loss_chunk, self.vocab_multiple = config, loss_chunk, vocab_multiple
+        self.run_blocks: RunBlocks = in_turn
+        self.fuses = False
         self.wte = nn.Embedding(config.vocabulary, config.d_model)
         self.wpe = nn.Embedding(config.seq_length, config.d_model)
         self.drop = nn.Dropout(config.dropout)
@@ -42,16 +45,25 @@ class GPT(nn.Module):
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T) -> (B, T, C)
-        for block in self.blocks:
-            x = block(x)
-        x = self.ln_f(x)
+        x = self.ln_f(self.run_blocks(self.blocks, x))
         if targets is None:
             return self.lm_head(x)  # (B, T, C) -> (B, T, V)
-        return next_token_loss(x, self.output_matrix(), targets, self.loss_chunk)
+        return next_token_loss(x, self.output_matrix(), targets, self.loss_chunk, self.vocab_multiple, fuses=self.fuses)
 
     def output_matrix(self) -> Tensor:
         """The output layer's weight (V, C); a method because a runtime may have to gather it."""
         return self.lm_head.weight
+
+    def use(self, attend: Attend | None = None, run_blocks: RunBlocks | None = None, fuses: bool | None = None) -> None:
+        """Compute attention, the way through the blocks, or the loss by other means: the same values for other memory or time.
+
+        `fuses` says that a compiler makes one pass over memory of several elementwise operations (see `next_token_loss`).
+        """
+        self.run_blocks = run_blocks or self.run_blocks
+        self.fuses = self.fuses if fuses is None else fuses
+        for module in self.modules():
+            if attend is not None and isinstance(module, Attention):
+                module.attend = attend
 
     def initialize(self, seed: int) -> None:
         """Draw the initial weights as GPT-2 did: N(0, 0.02), residual projections scaled by 1/sqrt(2 num_layers).
@@ -68,6 +80,13 @@ class GPT(nn.Module):
             else:
                 std = residual if name.endswith("c_proj.weight") else 0.02
                 nn.init.normal_(parameter, std=std, generator=generator)
+
+
+def in_turn(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """The plain way through the blocks."""
+    for block in blocks:
+        x = block(x)
+    return x
 
 
 class Block(nn.Module):
@@ -131,10 +150,10 @@ class MLP(nn.Module):
         return self.drop(self.c_proj(x))
 
 
-def build_model(config: ModelConfig, loss_chunk: int, seed: int) -> GPT:
+def build_model(config: ModelConfig, loss_chunk: int, seed: int, vocab_multiple: int = 1) -> GPT:
     """A model on the CPU with initial weights drawn from the seed."""
     with torch.device("meta"):  # no torch default initialization, which takes seconds and draws from a global generator
-        model = GPT(config, loss_chunk)
+        model = GPT(config, loss_chunk, vocab_multiple)
     model.to_empty(device="cpu")
     model.tie_weights()
     model.initialize(seed)

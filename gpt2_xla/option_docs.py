@@ -1,8 +1,8 @@
-"""docs/configuration.md, generated from config.py."""
+"""docs/configuration.md, generated from config.py and script_config.py."""
 
 from gpt2_xla.cli import flags_of
-from gpt2_xla.config import (
-    PRESETS,
+from gpt2_xla.config import PRESETS, TorchPretrainConfig, XlaPretrainConfig
+from gpt2_xla.script_config import (
     BenchConfig,
     BenchLoaderConfig,
     DataBenchConfig,
@@ -12,8 +12,6 @@ from gpt2_xla.config import (
     InspectConfig,
     PlanConfig,
     PrepareConfig,
-    TorchPretrainConfig,
-    XlaPretrainConfig,
 )
 
 COMMANDS = {
@@ -36,7 +34,7 @@ def configuration_page() -> str:
     lines = [
         "# Options",
         "",
-        "Generated from `gpt2_xla/config.py` by `python scripts/write_configuration_md.py`; CI checks that it is up to date.",
+        "Generated from `gpt2_xla/config.py` and `script_config.py` by `python scripts/write_configuration_md.py`; CI checks that it is up to date.",
         "",
         "A value's strength, weakest first: its default, the checkpoint's saved configuration (`--resume`), the recipe, the",
         "command line; in each of the two, `--preset` is weaker than the flags beside it. Booleans also take `--no-…`. `--recipe NAME` reads flags from `configs/NAME.flags`.",

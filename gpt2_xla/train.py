@@ -65,7 +65,7 @@ def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
 
 def start_run(config: PretrainConfig, runtime: Runtime, data: PretrainingData) -> tuple[Run, str | None]:
     """Build model and optimizer, restore the checkpoint if there is one, print the summary; the run and its W&B id."""
-    model = build_model(config.model, config.runtime.loss_chunk, config.run.seed)
+    model = build_model(config.model, config.runtime.loss_chunk, config.run.seed, config.runtime.vocab_multiple)
     source = Path(config.run.from_checkpoint) if config.run.from_checkpoint else None
     if source:
         checkpoint.load_weights(model, checkpoint.read_weights(source))

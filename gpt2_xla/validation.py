@@ -19,6 +19,7 @@ def config_mistakes(config: PretrainConfig, explicit: Set[str] = frozenset()) ->
         *_precision_mistakes(config),
         *profile_mistakes(config),
         *_sharding_mistakes(config, explicit),
+        *_lever_mistakes(config),
     ]
 
 
@@ -52,6 +53,7 @@ def _range_mistakes(config: PretrainConfig) -> list[str]:
         "--valid-steps": run.valid_steps if run.valid_steps is not None else 1,
         "--saved-checkpoint-limit": run.saved_checkpoint_limit,
         "--log-interval": log.log_interval,
+        "--vocab-multiple": config.runtime.vocab_multiple,
     }
     not_negative = {
         "--valid-interval": run.valid_interval,
@@ -140,4 +142,18 @@ def _sharding_mistakes(config: PretrainConfig, explicit: Set[str]) -> list[str]:
             parse_mesh(runtime.mesh)
         except UserError as error:
             mistakes += error.mistakes
+    return mistakes
+
+
+def _lever_mistakes(config: PretrainConfig) -> list[str]:
+    runtime = config.runtime
+    if not isinstance(runtime, XlaConfig) or not runtime.scan_layers:
+        return []
+    mistakes = []
+    if runtime.activation_checkpointing == "selective":
+        mistakes.append("--activation-checkpointing selective is not supported with --scan-layers; use block or none")
+    if config.model.dropout:
+        mistakes.append(
+            f"--scan-layers has no dropout, but --dropout is {config.model.dropout:g}; use --dropout 0, or leave it out"
+        )
     return mistakes

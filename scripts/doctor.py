@@ -14,8 +14,8 @@ if sys.version_info < (3, 11):  # noqa: UP036 - an older one can't even read the
     sys.exit(1)
 
 from gpt2_xla.cli import parse
-from gpt2_xla.config import DoctorConfig
 from gpt2_xla.errors import run_main
+from gpt2_xla.script_config import DoctorConfig
 
 
 def main() -> int:

@@ -11,7 +11,6 @@ from commands import PYTHON, ROOT, finish, start
 from small_runs import FOUR_STEPS, run_here
 
 import run_pretrain
-from gpt2_xla.config import DoctorConfig
 from gpt2_xla.doctor import devices, installation
 from gpt2_xla.doctor.children import Deadline, Outcome, run_child
 from gpt2_xla.doctor.finding import Finding
@@ -19,6 +18,7 @@ from gpt2_xla.doctor.folders import folder_findings
 from gpt2_xla.doctor.host import disk, memory
 from gpt2_xla.doctor.place import Place, place_findings, recognise
 from gpt2_xla.doctor.variables import variables
+from gpt2_xla.script_config import DoctorConfig
 
 HERE, ON_TPU = Place("other", ()), Place("tpu-vm", ("TPU v4",) * 4)
 

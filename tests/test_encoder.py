@@ -11,7 +11,6 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from gpt2_xla.config import PrepareConfig
 from gpt2_xla.data import cuts, prepare
 from gpt2_xla.data import encoder as encoders
 from gpt2_xla.data import manifest as manifests
@@ -19,6 +18,7 @@ from gpt2_xla.data.encoder import DocumentEncoder, Encoder, GigatokenEncoder, Re
 from gpt2_xla.data.inputs import inputs_of
 from gpt2_xla.data.shards import open_shard
 from gpt2_xla.errors import UserError
+from gpt2_xla.script_config import PrepareConfig
 from gpt2_xla.tokenizer import Tokenizer, load_tokenizer, replace_surrogates
 
 

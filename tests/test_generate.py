@@ -14,9 +14,10 @@ import torch
 
 from gpt2_xla import checkpoint, generation
 from gpt2_xla.checkpoint import TrainerState
-from gpt2_xla.config import GenerateConfig, ModelConfig, PretrainConfig, to_dict
+from gpt2_xla.config import ModelConfig, PretrainConfig, to_dict
 from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
+from gpt2_xla.script_config import GenerateConfig
 from gpt2_xla.tokenizer import ByteTokenizer
 
 torch.set_num_threads(1)  # see test_sampling.py

@@ -124,7 +124,13 @@ def test_what_config_json_leaves_out_is_gpt2s_default():
 
 @pytest.mark.parametrize(
     ("preset", "count"),
-    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-6h", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
 )
 def test_presets_have_the_published_parameter_counts(preset, count):
     with torch.device("meta"):

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tqdm import tqdm
 
-from gpt2_xla.config import InspectConfig
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.inspection import inspect, most_frequent, statistics
 from gpt2_xla.data.manifest import Manifest, ShardEntry
 from gpt2_xla.data.shards import TokenStream, write_shard
 from gpt2_xla.errors import UserError
+from gpt2_xla.script_config import InspectConfig
 from gpt2_xla.tokenizer import ByteTokenizer
 
 END = ByteTokenizer.end_of_text

@@ -90,7 +90,9 @@ def loss_and_gradients(loss, hidden, weight):
 
 @pytest.mark.parametrize("chunk", [0, 1, 7, 16, 48, 100])
 @pytest.mark.parametrize("ignored", [0, 9, 48])
-def test_the_chunked_loss_is_cross_entropy_in_value_and_gradients(chunk, ignored):
+@pytest.mark.parametrize("vocab_multiple", [1, 25, 64])
+@pytest.mark.parametrize("fuses", [False, True])
+def test_the_chunked_and_padded_loss_is_cross_entropy_in_value_and_gradients(chunk, ignored, vocab_multiple, fuses):
     generator = torch.Generator().manual_seed(6)
     hidden, weight = torch.randn(3, 16, 8, generator=generator), torch.randn(50, 8, generator=generator)
     targets = torch.randint(50, (48,), generator=generator)
@@ -100,13 +102,17 @@ def test_the_chunked_loss_is_cross_entropy_in_value_and_gradients(chunk, ignored
         total = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets, reduction="sum", ignore_index=-100)
         return total / max(48 - ignored, 1)
 
-    ours = loss_and_gradients(lambda h, w: next_token_loss(h, w, targets.view(3, 16), chunk), hidden, weight)
-    for mine, exact in zip(ours, loss_and_gradients(reference, hidden, weight), strict=True):
-        torch.testing.assert_close(mine, exact, rtol=1e-5, atol=1e-6)
+    def mine(hidden, weight):
+        return next_token_loss(hidden, weight, targets.view(3, 16), chunk, vocab_multiple, fuses)
+
+    ours = loss_and_gradients(mine, hidden, weight)
+    for found, exact in zip(ours, loss_and_gradients(reference, hidden, weight), strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [0, 16])
-def test_under_bf16_autocast_the_loss_is_close_and_its_gradients_keep_their_dtypes(chunk):
+@pytest.mark.parametrize("vocab_multiple", [1, 64])
+def test_under_bf16_autocast_the_loss_is_close_and_its_gradients_keep_their_dtypes(chunk, vocab_multiple):
     generator = torch.Generator().manual_seed(7)
     hidden, weight = torch.randn(4, 16, 32, generator=generator), 0.1 * torch.randn(50, 32, generator=generator)
     targets = torch.randint(50, (4, 16), generator=generator)
@@ -114,7 +120,7 @@ def test_under_bf16_autocast_the_loss_is_close_and_its_gradients_keep_their_dtyp
 
     def in_bf16(hidden, weight):
         with torch.autocast("cpu", torch.bfloat16):
-            return next_token_loss(hidden, weight, targets, chunk)
+            return next_token_loss(hidden, weight, targets, chunk, vocab_multiple)
 
     for mine, reference in zip(loss_and_gradients(in_bf16, hidden, weight), exact, strict=True):
         assert mine.dtype == torch.float32

@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from gpt2_xla.config import FinewebConfig, PrepareConfig
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data import prepare, prepare_report, splits, units
 from gpt2_xla.data.shards import open_shard
 from gpt2_xla.errors import UserError
+from gpt2_xla.script_config import FinewebConfig, PrepareConfig
 from gpt2_xla.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

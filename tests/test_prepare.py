@@ -19,13 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpt2_xla.config import FinewebConfig, PrepareConfig
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data import prepare, units
 from gpt2_xla.data.inputs import inputs_of
 from gpt2_xla.data.parts import hash_of
 from gpt2_xla.data.shards import open_shard
 from gpt2_xla.errors import UserError
+from gpt2_xla.script_config import FinewebConfig, PrepareConfig
 from gpt2_xla.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from commands import PYTHON, ROOT, finish, start
 
-from gpt2_xla.config import DataConfig, PlanConfig, XlaConfig
+from gpt2_xla.config import DataConfig, XlaConfig
 from gpt2_xla.errors import UserError
+from gpt2_xla.script_config import PlanConfig
 from gpt2_xla.tpu_plan.compiler import Answer
 from gpt2_xla.tpu_plan.estimate import bounds, kernel_flops, training_days
 from gpt2_xla.tpu_plan.hlo import Array, Program, arrays_of

@@ -12,15 +12,7 @@ import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as xla_metrics
 
 from gpt2_xla import optim
-from gpt2_xla.config import (
-    DataConfig,
-    LoggingConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    XlaConfig,
-    XlaPretrainConfig,
-)
+from gpt2_xla.config import DataConfig, LoggingConfig, ModelConfig, OptimConfig, RunConfig, XlaConfig, XlaPretrainConfig
 from gpt2_xla.data.pretraining import PretrainingData
 from gpt2_xla.metrics import open_metrics
 from gpt2_xla.runtime.replica_board import ReplicaBoard

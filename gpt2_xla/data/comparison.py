@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
-from gpt2_xla.config import InspectConfig
 from gpt2_xla.data.documents import read_unit
 from gpt2_xla.data.inputs import text_inputs
 from gpt2_xla.data.shards import TokenStream
 from gpt2_xla.data.units import Columns, plan_units
 from gpt2_xla.errors import UserError
+from gpt2_xla.script_config import InspectConfig
 from gpt2_xla.tokenizer import Tokenizer
 
 

@@ -4,7 +4,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gpt2_xla.config import FinewebConfig
 from gpt2_xla.data.inputs import (
     SUFFIXES,
     InputFile,
@@ -16,6 +15,7 @@ from gpt2_xla.data.inputs import (
     remote_input,
 )
 from gpt2_xla.errors import UserError
+from gpt2_xla.script_config import FinewebConfig
 
 
 def dataset_name(config: FinewebConfig) -> str:

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from gpt2_xla.config import InspectConfig
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.manifest import Manifest
 from gpt2_xla.data.shards import TokenStream
 from gpt2_xla.errors import UserError
+from gpt2_xla.script_config import InspectConfig
 from gpt2_xla.tokenizer import Tokenizer, load_tokenizer
 
 FEWEST_IDS, MOST_IDS = 2**16, 2**22  # counters at the start; what lies beyond the last is corruption, not vocabulary

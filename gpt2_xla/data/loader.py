@@ -17,8 +17,8 @@ from gpt2_xla.data.manifest import Manifest
 from gpt2_xla.data.permutation import permute
 from gpt2_xla.data.shards import TokenStream
 from gpt2_xla.errors import UserError
+from gpt2_xla.loss import IGNORED
 
-IGNORED_TARGET = -100  # torch's ignore_index
 TOKENS_READ_TOGETHER = 2**18  # 2 MiB of batches
 
 
@@ -186,7 +186,7 @@ def evaluation_batches(
         first = step * batch_size + rank * rows_per_rank
         starts = (first + np.arange(rows_per_rank)) * length
         batch = np.zeros((rows_per_rank, 2, length), np.int64)
-        batch[:, 1] = IGNORED_TARGET
+        batch[:, 1] = IGNORED
         for row, start in zip(batch, starts.tolist(), strict=True):
             count = min(length, windows.tokens - 1 - start)
             if count > 0:

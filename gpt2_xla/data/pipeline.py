@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gpt2_xla.config import FinewebConfig, PrepareConfig
 from gpt2_xla.data import assemble
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.assemble import Division, ShardJob, SplitPlan
@@ -27,6 +26,7 @@ from gpt2_xla.data.units import UNIT_BYTES, Columns, Plan, Unit
 from gpt2_xla.data.workers import Pool, default_workers
 from gpt2_xla.durable_files import atomic_write
 from gpt2_xla.errors import UserError
+from gpt2_xla.script_config import FinewebConfig, PrepareConfig
 from gpt2_xla.tokenizer import Tokenizer, load_tokenizer
 
 # Options that say where the data goes, how fast it gets there and what to do about trouble; all others decide its bytes.

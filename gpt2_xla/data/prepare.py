@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from gpt2_xla.config import FinewebConfig, PrepareConfig
 from gpt2_xla.data import hub
 from gpt2_xla.data.encoder import can_cut
 from gpt2_xla.data.inputs import describe, text_inputs
@@ -13,6 +12,7 @@ from gpt2_xla.data.pipeline import Config, Job, identity, make, print_plan
 from gpt2_xla.data.prepare_report import report
 from gpt2_xla.data.units import Columns, plan_units
 from gpt2_xla.errors import UserError
+from gpt2_xla.script_config import FinewebConfig, PrepareConfig
 from gpt2_xla.tokenizer import load_tokenizer
 
 Value = TypeVar("Value")

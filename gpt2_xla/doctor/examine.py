@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from gpt2_xla.config import DoctorConfig
 from gpt2_xla.data.train_dirs import parse_train_dirs
 from gpt2_xla.doctor.children import Deadline, run_child
 from gpt2_xla.doctor.devices import torch_all_reduce, torch_devices, xla_devices
@@ -16,6 +15,7 @@ from gpt2_xla.doctor.installation import installation
 from gpt2_xla.doctor.place import place_findings, recognise
 from gpt2_xla.doctor.variables import variables
 from gpt2_xla.errors import UserError
+from gpt2_xla.script_config import DoctorConfig
 
 FOLDERS = "gpt2_xla.doctor.folders"
 

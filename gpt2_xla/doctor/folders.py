@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gpt2_xla.cli import from_dict
-from gpt2_xla.config import DoctorConfig
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.manifest import Manifest
 from gpt2_xla.data.train_dirs import parse_train_dirs
@@ -19,6 +18,7 @@ from gpt2_xla.doctor.children import report
 from gpt2_xla.doctor.finding import Finding, python_command
 from gpt2_xla.doctor.host import disk
 from gpt2_xla.errors import UserError
+from gpt2_xla.script_config import DoctorConfig
 
 FULL_CHECK_BELOW = 2**30  # bytes; as in training
 

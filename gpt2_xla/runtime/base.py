@@ -129,8 +129,8 @@ class Runtime(Protocol):
         """
         ...
 
-    def peak_memory(self) -> int:
-        """Peak bytes in use: of the device where it has its own memory, else resident in this process."""
+    def peak_memory(self) -> int | None:
+        """Peak bytes in use: of the device where it has its own memory, else resident in this process; None if unknown."""
         ...
 
     def peak_flops(self) -> float | None:

@@ -18,15 +18,18 @@ GPUS: tuple[tuple[str, float], ...] = (
     ("RTX 3090", 71e12),
 )
 
-# By the names that PJRT gives the devices. A v2 or v3 device is one of a chip's two cores, a later one a whole chip.
+# By the names that PJRT gives the devices, and those of tpu_host.CHIPS. A v2 or v3 device is one of a chip's two cores, a
+# later one a whole chip.
 TPUS: dict[str, float] = {
     "TPU v2": 45e12 / 2,
     "TPU v3": 123e12 / 2,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
     "TPU v5": 459e12,
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
 }
 
 

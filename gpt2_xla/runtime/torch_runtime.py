@@ -1,6 +1,7 @@
 """One process, or several under torchrun, on CPU, CUDA or any other torch accelerator."""
 
 import contextlib
+import functools
 import os
 import resource
 from collections.abc import Callable, Generator, Iterator
@@ -14,13 +15,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from gpt2_xla import optim as optimizers
 from gpt2_xla.config import OptimConfig, TorchConfig
 from gpt2_xla.data.prefetch import prefetch
 from gpt2_xla.errors import UserError
+from gpt2_xla.model import GPT
 from gpt2_xla.runtime.base import CompileStats
 from gpt2_xla.runtime.peaks import gpu_peak
+from gpt2_xla.runtime.recomputation import recompute_activations
 from gpt2_xla.runtime.stop_signals import StopSignals
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,6 +63,9 @@ class TorchRuntime:
 
     def place(self, model: nn.Module) -> nn.Module:
         model.to(self.device)
+        if isinstance(model, GPT):
+            again = functools.partial(checkpoint, use_reentrant=False)
+            recompute_activations(model, self.config.activation_checkpointing, again)
         placed = model
         if self.world_size > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None

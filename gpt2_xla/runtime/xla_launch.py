@@ -18,6 +18,7 @@ from gpt2_xla.runtime.base import Runtime
 from gpt2_xla.runtime.mesh import mesh_mistakes
 from gpt2_xla.runtime.replica_board import ReplicaBoard
 from gpt2_xla.runtime.stop_signals import STOP_SIGNALS
+from gpt2_xla.runtime.xla_flash import attention_mistakes
 from gpt2_xla.runtime.xla_installation import installation_mistakes
 
 Work = Callable[[Any, Runtime], Any]
@@ -96,7 +97,7 @@ def machine_mistakes(config: XlaPretrainConfig) -> list[str]:
 
     With --sharding fsdp this starts the devices. Without, it must not: xmp.spawn's children could not use them any more.
     """
-    mistakes = installation_mistakes()
+    mistakes = [*installation_mistakes(), *attention_mistakes(config)]
     if mistakes or config.runtime.sharding == "none":
         return mistakes
     from gpt2_xla.runtime.xla_spmd_runtime import start_devices

@@ -101,6 +101,23 @@ class Partition:
         return self.cut(bias, (WHOLE,), gradient=stored)
 
 
+class ByHeads:
+    """Where each device runs a kernel on its own sequences and heads of (B, H, T, D); see `xla_splash.Mapped`."""
+
+    def __init__(self, partition: Partition) -> None:
+        self._partition = partition
+        self._sharding = _op_sharding(str(partition.mesh), str(partition_spec((ROWS, ("tensor",), WHOLE, WHOLE))))
+
+    def enter(self, x: Tensor) -> Tensor:
+        """A device's part of x."""
+        return torch_xla._XLAC._spmd_full_to_shard_shape(self._partition.cut(x, (ROWS, ("tensor",), WHOLE, WHOLE)))
+
+    def leave(self, part: Tensor, shape: torch.Size) -> Tensor:
+        """The whole, from the parts. Private calls, those of xs.disable_manual_sharding on torch_xla 2.9.0."""
+        manual = xs._mark_manual_sharding(part).global_tensor
+        return torch_xla._XLAC._spmd_shard_to_full_shape(manual, self._sharding, shape, part.dtype)
+
+
 class _Marked(torch.autograd.Function):
     """The identity, with one mark on the result and another on its gradient."""
 

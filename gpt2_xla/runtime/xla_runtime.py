@@ -29,7 +29,9 @@ from gpt2_xla.runtime.micro_step_loop import MicroStepLoop
 from gpt2_xla.runtime.peaks import tpu_peak
 from gpt2_xla.runtime.stop_signals import StopSource
 from gpt2_xla.runtime.torch_runtime import clip_gradients
+from gpt2_xla.runtime.xla_levers import pull_levers
 from gpt2_xla.runtime.xla_profile import xla_profile
+from gpt2_xla.runtime.xla_splash import Mapped
 
 _cache_lock = threading.Lock()
 
@@ -45,19 +47,30 @@ class XlaRuntime:
         self.rank, self.world_size = xr.global_ordinal(), xr.world_size()
         self._loops: dict[tuple[nn.Module, torch.Size], MicroStepLoop] = {}
         self.device_count = self.world_size  # over all hosts
+        self._attention = ""  # chosen when the model is placed
         if config.mixed_precision == "no":
             _set_matmul_precision(config.matmul_precision)
 
     def describe(self) -> str:
-        return f"{self.device_count} × XLA {xr.device_type()} (torch_xla {torch_xla.__version__})"
+        return f"{self.device_count} × XLA {xr.device_type()} (torch_xla {torch_xla.__version__}){self._attention}"
 
     def place(self, model: nn.Module) -> nn.Module:
         model.to(self.device)
         if isinstance(model, GPT):
             model.tie_weights()  # moving to an XLA device makes two tensors of a tied one
+            self._attention = f", {pull_levers(model, self.config, self.device)} attention"
         self._lay_out(model)
         self.end_step()
         return model
+
+    def _pull_levers(self, model: nn.Module) -> None:
+        if isinstance(model, GPT):
+            attention = pull_levers(model, self.config, self._device_kind(), self._mapped())
+            self._attention = f", {attention} attention"
+
+    def _mapped(self) -> Mapped | None:
+        """Who holds which heads, if not each device all of its own."""
+        return None
 
     def _lay_out(self, model: nn.Module) -> None:
         """Before the first launch: who holds which part of the weights. Here every replica gets rank 0's."""
@@ -186,7 +199,7 @@ class XlaRuntime:
     def profile(self, folder: Path, name: str) -> AbstractContextManager[str]:  # noqa: ARG002 - XProf names its files
         return xla_profile(folder)
 
-    def peak_memory(self) -> int:
+    def peak_memory(self) -> int | None:
         if xr.device_type() == "TPU":
             information = xm.get_memory_info(self.device)
             return int(information.get("peak_bytes_used", information["bytes_used"]))
@@ -195,8 +208,12 @@ class XlaRuntime:
     def peak_flops(self) -> float | None:
         if xr.device_type() != "TPU" or self.config.mixed_precision == "no":
             return None
-        peak = tpu_peak(xm.xla_device_kind(self.device))
+        peak = tpu_peak(self._device_kind())
         return peak * self.device_count if peak else None
+
+    def _device_kind(self) -> str:
+        """What PJRT calls a device of this kind."""
+        return xm.xla_device_kind(self.device)
 
     def close(self) -> None:
         self._board.close()
@@ -237,7 +254,8 @@ def _open_compile_cache(folder: Path) -> None:
 
     Raises `UserError` if it cannot be written.
     """
-    ordinal = xr.global_ordinal()
+    # Under SPMD a host has one program for all its devices, and the ordinal is 0 on every host.
+    ordinal = xr.process_index() if xr.is_spmd() else xr.global_ordinal()
     own = folder / f"replica-{ordinal}"
     try:
         own.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch_xla
@@ -19,28 +19,59 @@ from torch import Tensor
 BLOCK = 1024  # queries and keys that the kernel takes at once
 
 
-def splash_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, interpret: bool = False) -> Tensor:
-    """See `Attend`: q, k, v (B, H, T, D) -> (B, H, T, D). `interpret` runs the kernel's steps as plain XLA, on any device."""
+class Mapped(Protocol):
+    """Into the part of a program that each device of a mesh runs on its own sequences and heads, and out of it."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        """A device's part of x (B, H, T, D)."""
+        ...
+
+    def leave(self, part: Tensor, shape: torch.Size) -> Tensor:
+        """The tensor of that shape which the devices have the parts of."""
+        ...
+
+
+class OneDevice:
+    """Where a device has all of a tensor."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x."""
+        return x
+
+    def leave(self, part: Tensor, shape: torch.Size) -> Tensor:  # noqa: ARG002
+        """The part."""
+        return part
+
+
+def splash_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, mapped: Mapped | None = None, interpret: bool = False
+) -> Tensor:
+    """See `Attend`: q, k, v (B, H, T, D) -> (B, H, T, D), of which `mapped` says who holds which part.
+
+    `interpret` runs the kernel's steps as plain XLA, on any device.
+    """
     assert dropout == 0.0
     dtype = torch.get_autocast_dtype("xla") if torch.is_autocast_enabled("xla") else q.dtype
     # The kernel has no scale of its own.
     q = (q * (1 / math.sqrt(q.shape[-1]))).to(dtype)
-    return _Splash.apply(q, k.to(dtype), v.to(dtype), interpret)
+    return _Splash.apply(q, k.to(dtype), v.to(dtype), mapped or OneDevice(), interpret)
 
 
 class _Splash(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, interpret: bool) -> Tensor:
-        kernel = _kernel(tuple(q.shape), str(q.dtype).removeprefix("torch."), interpret)
-        out, *residuals = kernel.forward(q.contiguous(), k.contiguous(), v.contiguous())
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mapped: Mapped, interpret: bool) -> Tensor:
+        parts = [mapped.enter(tensor.contiguous()) for tensor in (q, k, v)]
+        kernel = _kernel(tuple(parts[0].shape), str(q.dtype).removeprefix("torch."), interpret)
+        out, *residuals = kernel.forward(*parts)
         ctx.save_for_backward(*residuals)
-        ctx.kernel = kernel
-        return out
+        ctx.kernel, ctx.mapped = kernel, mapped
+        return mapped.leave(out, q.shape)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v = ctx.kernel.backward(gradients[0].contiguous(), *ctx.saved_tensors)
-        return q, k, v, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        parts = ctx.kernel.backward(ctx.mapped.enter(gradient.contiguous()), *ctx.saved_tensors)
+        return *(ctx.mapped.leave(part, gradient.shape) for part in parts), None, None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from gpt2_xla.config import XlaConfig
 from gpt2_xla.model import GPT
 from gpt2_xla.runtime.mesh import AXES, ROWS, Layout, mesh_shape
 from gpt2_xla.runtime.stop_signals import StopSignals
-from gpt2_xla.runtime.xla_partition import WHOLE, Partition, partition_spec
+from gpt2_xla.runtime.tpu_host import tpu_chips
+from gpt2_xla.runtime.xla_partition import WHOLE, ByHeads, Partition, partition_spec
 from gpt2_xla.runtime.xla_runtime import XlaRuntime
 from gpt2_xla.runtime.xla_shards import put_together, shard_bytes, tiles
 
@@ -58,6 +59,9 @@ class XlaSpmdRuntime(XlaRuntime):
         assert isinstance(model, GPT)  # the marks are for its modules
         self.partition.cut_model(model)
         self._held += model.parameters()
+
+    def _mapped(self) -> ByHeads:
+        return ByHeads(self.partition)
 
     def _lay_out_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         for name, parameter in model.named_parameters():
@@ -95,8 +99,12 @@ class XlaSpmdRuntime(XlaRuntime):
         return value  # computed from the batch of all devices already
 
     def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        whole = {name: self._whole(tensor.detach()) for name, tensor in tensors.items()}  # hosts must all take part
-        return whole if self.rank == 0 else {}
+        found = {}
+        for name, tensor in tensors.items():
+            whole = self._whole(tensor.detach())  # every host must take part
+            if self.rank == 0:
+                found[name] = whole
+        return found
 
     def _whole(self, tensor: Tensor) -> Tensor:
         """All of a tensor that the devices hold in parts, on the CPU. `.cpu()` would compile a program for each, each time."""
@@ -104,8 +112,7 @@ class XlaSpmdRuntime(XlaRuntime):
             return tensor.cpu()
         if self.world_size == 1:
             return put_together(tensor)
-        copied = tensor.clone()
-        self.partition.mark(copied, (WHOLE,) * tensor.dim())
+        copied = self.partition.cut(tensor, (WHOLE,) * tensor.dim())
         torch_xla.sync()
         return copied.cpu()
 
@@ -113,3 +120,10 @@ class XlaSpmdRuntime(XlaRuntime):
         # Several hosts would have to agree on the step to stop before, and nothing here lets them: they end at once.
         if self.world_size == 1:
             self._signals.watch(announce=True)
+
+    def peak_memory(self) -> int | None:
+        return None if xr.device_type() == "TPU" else super().peak_memory()  # torch_xla 2.9 refuses to tell under SPMD
+
+    def _device_kind(self) -> str:
+        chips = tpu_chips()  # from the PCI bus: torch_xla 2.9 knows only the one virtual device
+        return chips[0] if chips else str(xr.device_type())

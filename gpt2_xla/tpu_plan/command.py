@@ -8,10 +8,10 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from gpt2_xla.cli import Parsed
-from gpt2_xla.config import PlanConfig
 from gpt2_xla.errors import UserError
 from gpt2_xla.runtime.mesh import mesh_mistakes
 from gpt2_xla.runtime.xla_installation import package_mistakes
+from gpt2_xla.script_config import PlanConfig
 from gpt2_xla.tpu_plan.comparison import AS_GIVEN, table, variants
 from gpt2_xla.tpu_plan.jobs import Job
 from gpt2_xla.tpu_plan.largest_batch import Search, largest_batches

@@ -1,8 +1,8 @@
 """The same step with other options, side by side: a row of the table for each value of --compare."""
 
 from gpt2_xla.cli import parse
-from gpt2_xla.config import PlanConfig
 from gpt2_xla.errors import UserError
+from gpt2_xla.script_config import PlanConfig
 from gpt2_xla.tpu_plan.outcome import GIB, shortage, speed
 from gpt2_xla.tpu_plan.plan import Compiled
 from gpt2_xla.validation import config_mistakes

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from gpt2_xla.config import PlanConfig
 from gpt2_xla.runtime.mesh import mesh_shape
+from gpt2_xla.script_config import PlanConfig
 from gpt2_xla.tpu_plan.plan import Compiled, Wish
 from gpt2_xla.tpu_plan.topology import Topology
 

@@ -22,6 +22,7 @@ class Placeholders(XlaRuntime):
     """What both planning runtimes do otherwise than those they plan for."""
 
     held: dict[str, Tensor]  # the program's arguments by name
+    kind: str  # of the devices planned for
     row_parts: int  # programs that share a micro-step's sequences
 
     def hold(self, name: str, like: Tensor) -> Tensor:
@@ -45,6 +46,7 @@ class Placeholders(XlaRuntime):
                     made[parameter] = self.hold(f"{prefix}.{name}", parameter)
                 setattr(module, name, made[parameter])
         self._lay_out(model)
+        self._pull_levers(model)
         return model
 
     def _lay_out_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -59,6 +61,9 @@ class Placeholders(XlaRuntime):
     def end_step(self) -> None:
         """Nothing runs."""
 
+    def _device_kind(self) -> str:
+        return self.kind
+
     def argument_shardings(self) -> dict[str, str]:
         """GSPMD's text by the arguments' names; {} without partitions."""
         return {}
@@ -71,9 +76,9 @@ class Placeholders(XlaRuntime):
 class PlanReplica(Placeholders):
     """One of `devices` replicas."""
 
-    def __init__(self, config: XlaConfig, devices: int) -> None:
+    def __init__(self, config: XlaConfig, devices: int, kind: str) -> None:
         super().__init__(config, StopSignals())
-        self.held = {}
+        self.held, self.kind = {}, kind
         self.world_size = self.device_count = self.row_parts = devices
 
     def _lay_out(self, model: nn.Module) -> None:
@@ -83,9 +88,9 @@ class PlanReplica(Placeholders):
 class PlanMesh(Placeholders, XlaSpmdRuntime):
     """All devices as one, from a process with as many virtual ones."""
 
-    def __init__(self, config: XlaConfig) -> None:
+    def __init__(self, config: XlaConfig, kind: str) -> None:
         super().__init__(config)
-        self.held, self.row_parts = {}, 1
+        self.held, self.kind, self.row_parts = {}, kind, 1
         self.partition: _PlanPartition = _PlanPartition(self.partition.mesh, self.shape)
 
     def hold(self, name: str, like: Tensor) -> Tensor:
@@ -119,7 +124,7 @@ class _PlanPartition(Partition):
         self.texts[self.names[tensor]] = torch_xla._XLAC._get_xla_sharding_spec(tensor)
 
 
-def plan_runtime(config: XlaPretrainConfig, devices: int) -> PlanReplica | PlanMesh:
-    """The runtime that plans for what `config` says."""
+def plan_runtime(config: XlaPretrainConfig, devices: int, kind: str) -> PlanReplica | PlanMesh:
+    """The runtime that plans for what `config` says, on `devices` devices that PJRT calls `kind`."""
     runtime = dataclasses.replace(config.runtime, compile_cache=None)
-    return PlanMesh(runtime) if runtime.sharding == "fsdp" else PlanReplica(runtime, devices)
+    return PlanMesh(runtime, kind) if runtime.sharding == "fsdp" else PlanReplica(runtime, devices, kind)

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gpt2_xla.config import PlanConfig, to_dict
+from gpt2_xla.config import to_dict
+from gpt2_xla.script_config import PlanConfig
 from gpt2_xla.tpu_plan.compiler import Answer, Request
 from gpt2_xla.tpu_plan.hlo import Program
 from gpt2_xla.tpu_plan.jobs import Job, parallel_jobs, run_jobs
@@ -33,8 +34,8 @@ class Wish:
     @property
     def key(self) -> str:
         """The same for wishes that one trace serves."""
-        devices, sharding = self.slice.devices, self.config.runtime.sharding
-        return hashlib.sha256(json.dumps([to_dict(_traced(self.config)), devices, sharding]).encode()).hexdigest()[:16]
+        content = [to_dict(_traced(self.config)), self.slice.devices, self.slice.device.kind]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,11 @@ class Planner:
         for key, wish in wishes.items():
             answer, file = folder / f"{key}.json", folder / f"{key}.request"
             request = TraceRequest(
-                to_dict(_traced(wish.config)), wish.slice.devices, str(folder / f"{key}.pb"), str(answer)
+                to_dict(_traced(wish.config)),
+                wish.slice.devices,
+                wish.slice.device.kind,
+                str(folder / f"{key}.pb"),
+                str(answer),
             )
             file.write_text(json.dumps(asdict(request)))
             jobs[key] = Job("tracing", "gpt2_xla.tpu_plan.tracing", file, answer)

@@ -3,7 +3,7 @@
 import importlib.metadata
 from collections.abc import Iterator
 
-from gpt2_xla.config import PlanConfig
+from gpt2_xla.script_config import PlanConfig
 from gpt2_xla.tpu_plan.estimate import REACHED, training_days
 from gpt2_xla.tpu_plan.outcome import GIB, LARGEST_MOVERS, Shortage, Speed, shortage, speed
 from gpt2_xla.tpu_plan.plan import Compiled

@@ -30,6 +30,7 @@ class TraceRequest:
 
     config: dict[str, Any]  # of XlaPretrainConfig
     devices: int  # in the slice: replicas, or the devices of the mesh
+    kind: str  # PJRT's name of a device
     program: str = ""  # file for the HloModuleProto
     answer: str = ""  # file for the Trace
 
@@ -56,9 +57,9 @@ def trace(request: TraceRequest) -> Trace:
     from gpt2_xla.train import Run, train_step
 
     config = from_dict(XlaPretrainConfig, request.config)
-    runtime = plan_runtime(config, request.devices)
+    runtime = plan_runtime(config, request.devices, request.kind)
     with torch.device("meta"):
-        model = GPT(config.model, config.runtime.loss_chunk)
+        model = GPT(config.model, config.runtime.loss_chunk, config.runtime.vocab_multiple)
     forward = runtime.place(model)
     run = Run(config, runtime, None, model, forward, runtime.build_optimizer(model, config.optim))  # type: ignore[arg-type]
     model.train()

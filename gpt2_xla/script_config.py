@@ -1,0 +1,207 @@
+"""Every option of the scripts and of generate.py, declared once, as config.py does for the training commands."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gpt2_xla.config import ModelConfig, XlaPretrainConfig, option
+
+OUTPUT_DIR = "folder that receives train/ and valid/"
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where prepare_text.py reads."""
+
+    source: tuple[str, ...] = option(
+        ("pydoc",),
+        "pydoc (Python's language reference), stdlib (its library's source), files or folders (.txt, .md, .rst, .py, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), or their hf://, s3://, gs:// addresses",
+    )
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """Where prepare_fineweb.py reads."""
+
+    dataset: str = option(
+        "HuggingFaceFW/fineweb",
+        "Hugging Face dataset; or a file or folder of its rows (.parquet, .jsonl), or an hf://, s3://, gs:// address",
+    )
+    name: str = option("sample-10BT", "configuration of the dataset, for FineWeb also sample-100BT or sample-350BT")
+    split: str = option("train", "split of the dataset")
+    fineweb_edu: bool = option(False, "use HuggingFaceFW/fineweb-edu")
+    id_column: str = option(
+        "id", "column that names each document and so puts it into train/ or valid/; without it, file and row do"
+    )
+    streaming: bool = option(False, "read over the network without storing the raw text")
+    cache_dir: str | None = option(None, "where downloads are kept; default: Hugging Face's cache")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What both commands that prepare data do with what they read."""
+
+    tokenizer: str = option("gpt2", "bytes, a tiktoken name such as gpt2, or a Hugging Face tokenizer.json or folder")
+    output_dir: str = option("data/pydoc", OUTPUT_DIR)
+    text_column: str = option("text", "column, or field of .jsonl rows, that holds the text")
+    dedup: Literal["no", "exact"] = option("no", "exact drops documents whose text came before, byte for byte")
+    shard_size: int = option(100_000_000, "tokens per shard")
+    num_workers: int | None = option(None, "processes that tokenize; default: one per core; changes speed, never bytes")
+    skip_bad_files: bool = option(False, "leave out files that can't be read, whole, instead of stopping at them")
+    fast_tokenizer: bool = option(
+        True,
+        "tokenize with gigatoken where it knows the vocabulary, one document in 1000 checked against tiktoken or tokenizers",
+    )
+    dry_run: bool = option(False, "print what would be done, and the disk it needs, and do nothing")
+    seed: int = option(1337, "picks the documents that are tokenized a second time; decides no byte of the shards")
+
+
+# A dataclass takes the fields of its last base first: where from, what to do with it, and what is its own.
+@dataclass(frozen=True)
+class PrepareConfig(Preparation, TextSource):
+    """Preparing data"""
+
+    valid_fraction: float = option(0.1, "share of the tokens, at their end, that becomes valid/")
+
+
+@dataclass(frozen=True)
+class FinewebConfig(Preparation, HubSource):
+    """Preparing FineWeb"""
+
+    output_dir: str = option("data/fineweb", OUTPUT_DIR)
+    valid_tokens: int = option(
+        10_000_000,
+        "valid/ takes documents that --valid-share sets apart, by the smallest hashes of their ids, until it holds this many tokens; 0 for no valid/",
+    )
+    valid_share: float = option(
+        0.001,
+        "share of all documents that is never trained on, by the hashes of their ids, however the source grows; what --valid-tokens does not take of it is left out",
+    )
+
+
+@dataclass(frozen=True)
+class DataBenchConfig:
+    """Timing the preparation of data"""
+
+    sample: str = option("../shared/data/web_sample", "folder of parquet files whose pages are the web text")
+    megabytes: int = option(200, "text to prepare, in MB of UTF-8, no document twice")
+    tokenizer: str = option("gpt2", "a tiktoken name")
+    workers: tuple[int, ...] = option((1, 2), "values of --num-workers to time")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Generation"""
+
+    model: str = option("runs/gpt2", "checkpoint folder, or run folder (its newest good checkpoint)")
+    tokenizer: str | None = option(
+        None, "bytes, a tiktoken name, or a Hugging Face tokenizer; default: the one recorded in the checkpoint"
+    )
+    prompt: str | None = option(None, "text to continue; without it, an interactive prompt")
+    max_new_tokens: int = option(128, "tokens to add at most; ends earlier at end-of-text")
+    temperature: float = option(0.8, "divides the logits; 0 always takes the most likely token")
+    top_k: int | None = option(None, "sample among the k most likely tokens")
+    top_p: float | None = option(None, "sample among the fewest tokens whose probabilities reach p")
+    seed: int = option(1337, "seed of the sampling")
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option(
+        "auto", "device; auto takes the accelerator that torch finds, else the CPU"
+    )
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure"""
+
+    runtimes: tuple[Literal["torch", "xla"], ...] = option(("torch", "xla"), "entry points to measure")
+    precisions: tuple[Literal["no", "bf16", "fp16"], ...] = option(
+        ("no", "bf16"), "values of --mixed-precision to measure"
+    )
+    train_batch_size: int = option(4, "sequences per micro-step")
+    gradient_accum_step: int = option(1, "micro-steps per optimizer step")
+    steps: int = option(20, "steps to time, after 3 that warm up")
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option("auto", "device of the torch rows")
+    compile: bool = option(False, "compile the torch rows with torch.compile")
+    bare: bool = option(
+        True, "hold XLA rows of one device against a hand-written loop of the same model, in turns in the same process"
+    )
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Options of scripts/bench.py."""
+
+    model: ModelConfig = ModelConfig()
+    bench: BenchOptions = BenchOptions()
+
+
+@dataclass(frozen=True)
+class BenchLoaderConfig:
+    """What to measure"""
+
+    seq_lengths: tuple[int, ...] = option((64, 256, 1024), "sequence lengths T to measure")
+    shards: int = option(100, "shards per folder, as sparse files in the temporary folder")
+    shard_size: int = option(100_000_000, "tokens per shard")
+    tokens_per_step: int = option(16_384, "tokens of one process's batch")
+    seek_step: int = option(1_000_000, "step at which reading starts")
+    seconds: float = option(2.0, "time to read for, before the same steps are read again and timed")
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Inspecting data"""
+
+    data: str | None = option(None, "folder of token shards, such as data/pydoc/train; may stand without its flag")
+    verify: bool = option(True, "compare the sha256 of every shard; --no-verify only lengths")
+    samples: int = option(3, "documents to decode and print")
+    top: int = option(25, "most frequent tokens to list")
+    seed: int = option(1337, "seed of the samples and of the documents compared")
+    output: str | None = option(None, "picture to write; default: FOLDER_tokens.png in the current folder")
+    tokenizer: str | None = option(None, "tokenizer to decode with; default: the one recorded in the manifest")
+    against: tuple[str, ...] = option(
+        (), "sources of the text, as prepare_text.py takes them: tokenize some of their documents and look for them"
+    )
+    against_documents: int = option(100, "documents of --against to compare")
+    text_column: str = option("text", "field of .jsonl and .parquet rows of --against that holds the text")
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """What to examine"""
+
+    train_dir: tuple[str, ...] = option((), "training data to check, as the training commands take it")
+    valid_dir: str | None = option(None, "validation data to check")
+    verify_data: Literal["auto", "full", "size"] = option(
+        "auto", "check shards: full compares sha256, size only lengths, auto is full up to 1 GiB"
+    )
+    checkpoints_dir: str = option(
+        "runs/gpt2", "run folder whose disk is measured and whose newest checkpoint is checked"
+    )
+    time_limit: int = option(60, "seconds for all checks together; what has not ended by then is killed and reported")
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What to plan"""
+
+    tpu: tuple[str, ...] = option(
+        ("v3-8", "v5e-8", "v6e-8"), "slices to compile for, by the names that they are rented by"
+    )
+    tokens: float = option(10e9, "tokens of the whole training, for days and dollars")
+    dollars_per_chip_hour: float | None = option(None, "price of a chip-hour; default: no dollars are told")
+    find_batch: bool = option(
+        False, "find the largest --train-batch-size that fits each slice, by doubling and halving from the one given"
+    )
+    compare: tuple[str, ...] = option(
+        (),
+        "also plan the step with these options changed, and print a table: each value is NAME=VALUE words, as in loss-chunk=0 'num-heads=6 train-batch-size=128'",
+    )
+    json: bool = option(False, "print JSON instead of text")
+    time_limit: int = option(1200, "seconds for one compilation; what has not ended by then is killed and reported")
+    jobs: int | None = option(None, "compilations at a time; default: as many as cores and memory allow")
+    plan_cache: str = option("~/.cache/gpt2_xla/tpu_plan", "folder that keeps what the compiler said")
+
+
+@dataclass(frozen=True)
+class PlanConfig(XlaPretrainConfig):
+    """Options of scripts/plan_tpu.py."""
+
+    plan: PlanOptions = PlanOptions()
