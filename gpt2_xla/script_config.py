@@ -190,6 +190,10 @@ class PlanOptions:
     find_batch: bool = option(
         False, "find the largest --train-batch-size that fits each slice, by doubling and halving from the one given"
     )
+    compare: tuple[str, ...] = option(
+        (),
+        "also plan the step with these options changed, and print a table: each value is NAME=VALUE words, as in loss-chunk=0 'num-heads=6 train-batch-size=128'",
+    )
     json: bool = option(False, "print JSON instead of text")
     time_limit: int = option(1200, "seconds for one compilation; what has not ended by then is killed and reported")
     jobs: int | None = option(None, "compilations at a time; default: as many as cores and memory allow")

@@ -6,7 +6,8 @@ import re
 import pytest
 from commands import PYTHON, ROOT
 
-from gpt2_xla.config import DataConfig, ModelConfig, PlanConfig, PlanOptions, XlaConfig
+from gpt2_xla.config import DataConfig, ModelConfig, XlaConfig
+from gpt2_xla.script_config import PlanConfig, PlanOptions
 
 pytestmark = [pytest.mark.tpu_compiler, pytest.mark.timeout(400)]
 

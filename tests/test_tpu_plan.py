@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from commands import PYTHON, ROOT, finish, start
 
-from gpt2_xla.config import DataConfig, PlanConfig, XlaConfig
+from gpt2_xla.config import DataConfig, XlaConfig
 from gpt2_xla.errors import UserError
+from gpt2_xla.script_config import PlanConfig
 from gpt2_xla.tpu_plan.compiler import Answer
 from gpt2_xla.tpu_plan.estimate import bounds, kernel_flops, training_days
 from gpt2_xla.tpu_plan.hlo import Array, Program, arrays_of
@@ -167,6 +168,38 @@ def test_a_loop_counts_as_often_as_it_runs(told, bound):
     assert (found.bf16_dots, found.other_dots) == (1, 0)
 
 
+def test_a_loop_that_counts_in_twos_runs_half_as_often():
+    state = "(bf16[256,256]{1,0}, u32[])"
+    found = count_traffic(
+        program(
+            [f"%init = {state} parameter(0)", f"ROOT %w = {state} while(%init), condition=%more, body=%step"],
+            (
+                "more",
+                [
+                    "%n = u32[]{:T(128)} constant(8)",
+                    f"%s = {state} parameter(0)",
+                    "%i = u32[]{:T(128)} get-tuple-element(%s), index=1",
+                    "ROOT %c = pred[] compare(%i, %n), direction=LT",
+                ],
+            ),
+            (
+                "step",
+                [
+                    f"%s = {state} parameter(0)",
+                    "%x = bf16[256,256]{1,0} get-tuple-element(%s), index=0",
+                    "%i = u32[] get-tuple-element(%s), index=1",
+                    "%one = u32[] constant(1)",
+                    "%half = u32[] add(%i, %one)",
+                    "%next = u32[] add(%half, %one)",
+                    "%d = bf16[256,256]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
+                    f"ROOT %t = {state} tuple(%d, %next)",
+                ],
+            ),
+        )
+    )
+    assert found.dot_flops == 4 * 2 * 256**3
+
+
 def test_a_float32_product_is_told_apart():
     lines = [
         "%a = f32[64,32]{1,0} parameter(0)",
@@ -230,7 +263,8 @@ def test_the_slowest_resource_sets_the_bound():
 
 def test_an_all_reduce_sends_its_bytes_twice_and_an_all_gather_once():
     device = topology("v5e-8").device
-    for kind, factor in (("all-reduce", 2 * 7 / 8), ("all-gather", 7 / 8), ("reduce-scatter", 7 / 8)):
+    factors = {"all-reduce": 2 * 7 / 8, "all-gather": 7 / 8, "reduce-scatter": 7 / 8, "collective-permute": 1}
+    for kind, factor in factors.items():
         traffic = Traffic(0, [], {kind: (1, int(device.interconnect))})
         assert bounds(traffic, device, 8).interconnect == pytest.approx(factor)
 

@@ -12,6 +12,7 @@ from gpt2_xla.errors import UserError
 from gpt2_xla.runtime.mesh import mesh_mistakes
 from gpt2_xla.runtime.xla_installation import package_mistakes
 from gpt2_xla.script_config import PlanConfig
+from gpt2_xla.tpu_plan.comparison import AS_GIVEN, table, variants
 from gpt2_xla.tpu_plan.jobs import Job
 from gpt2_xla.tpu_plan.largest_batch import Search, largest_batches
 from gpt2_xla.tpu_plan.outcome import facts
@@ -28,17 +29,22 @@ def plan_tpu(parsed: Parsed[PlanConfig], mistakes: list[str]) -> int:
     # No evaluation is planned: its batch is as good as that of training.
     size = parsed.config.data.train_batch_size
     config = replace(parsed.config, data=replace(parsed.config.data, eval_batch_size=size))
-    slices = _slices(config, [*mistakes, *config_mistakes(config, parsed.explicit), *installation_mistakes()])
+    found = [*mistakes, *config_mistakes(config, parsed.explicit), *installation_mistakes()]
+    steps = variants(config, found)
+    slices = _slices(steps, found)
     with _Progress() as progress:
         planner = Planner(config, progress.tick)
         if config.plan.find_batch:
             searches = largest_batches(slices, config, planner.compile)
-            results = [found for search in searches if (found := search.best or search.failed)]
+            results = [one for search in searches if (one := search.best or search.failed)]
         else:
             searches = []
-            results = planner.compile([Wish(one, config) for one in slices])
+            results = planner.compile([Wish(one, step) for _, step in steps for one in slices])
     if config.plan.json:
         print(json.dumps([facts(compiled) for compiled in results], indent=2))
+    elif len(steps) > 1:
+        names = [name for name, _ in steps for _ in slices]
+        print(f"{headline(config)}\n\n{table(list(zip(names, results, strict=True)))}")
     else:
         print("\n\n".join([headline(config), *map(report, results), *map(_ended, searches)]))
     return int(not all(compiled.fits for compiled in results))
@@ -53,10 +59,12 @@ def installation_mistakes() -> list[str]:
     return mistakes
 
 
-def _slices(config: PlanConfig, mistakes: list[str]) -> list[Topology]:
-    """The slices that --tpu names. Raises `UserError` with the given mistakes and those of each slice."""
+def _slices(steps: list[tuple[str, PlanConfig]], mistakes: list[str]) -> list[Topology]:
+    """The slices that --tpu names. Raises `UserError` with the given mistakes and those of each step on each slice."""
     mistakes = list(mistakes)
-    options = config.plan
+    options = steps[0][1].plan
+    if options.find_batch and options.compare:
+        mistakes.append("--find-batch looks for one batch, --compare compares given ones; use one of them")
     if not options.tpu:
         mistakes.append("--tpu needs a slice, such as v3-8")
     for flag, value in (("--tokens", options.tokens), ("--time-limit", options.time_limit), ("--jobs", options.jobs)):
@@ -68,9 +76,10 @@ def _slices(config: PlanConfig, mistakes: list[str]) -> list[Topology]:
             slices.append(topology(name))
         except UserError as error:
             mistakes += error.mistakes
-    if not mistakes and not options.find_batch:
-        for one in slices:
-            mistakes += _slice_mistakes(config, one)
+    if not options.find_batch:
+        for name, step in steps:
+            where = "" if name == AS_GIVEN else f"--compare {name!r}: "
+            mistakes += [where + mistake for one in slices for mistake in _slice_mistakes(step, one)]
     if mistakes:
         raise UserError(mistakes)
     return slices
@@ -78,10 +87,13 @@ def _slices(config: PlanConfig, mistakes: list[str]) -> list[Topology]:
 
 def _slice_mistakes(config: PlanConfig, one: Topology) -> list[str]:
     """Why the step cannot be spread over a slice."""
-    if config.runtime.sharding == "fsdp":
-        found = mesh_mistakes(config, config.runtime.mesh, one.devices, 1)
-    else:
+    if config.runtime.sharding == "none":
         found = replica_mistakes(config, one.devices)
+    else:
+        try:
+            found = mesh_mistakes(config, config.runtime.mesh, one.devices, 1)
+        except UserError:  # of --mesh itself, which validation.py has told
+            return []
     return [f"{one.name}: {mistake}" for mistake in found if not mistake.startswith("--eval-batch-size")]
 
 

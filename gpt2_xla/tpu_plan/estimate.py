@@ -34,16 +34,22 @@ class Bounds:
 
 def bounds(traffic: Traffic, device: Device, devices: int) -> Bounds:
     """The roofline of a program that runs on `devices` devices."""
-    flops = traffic.dot_flops + sum(kernel_flops(operands) * times for _, operands, times in traffic.kernels)
     # A chip's links serve all of its devices.
     link = device.interconnect / device.devices_per_chip
-    return Bounds(flops / device.peak, traffic.hbm / device.hbm_bandwidth, wire_bytes(traffic, devices) / link)
+    return Bounds(
+        all_flops(traffic) / device.peak, traffic.hbm / device.hbm_bandwidth, wire_bytes(traffic, devices) / link
+    )
+
+
+def all_flops(traffic: Traffic) -> float:
+    """Of matrix products, those of kernels too."""
+    return traffic.dot_flops + sum(kernel_flops(operands) * times for _, operands, times in traffic.kernels)
 
 
 def wire_bytes(traffic: Traffic, devices: int) -> float:
-    """Bytes that a device sends, with rings: an all-reduce sends its array nearly twice, the others nearly once."""
+    """Bytes that a device sends, with rings: an all-reduce sends its array nearly twice, others nearly once, a permute once."""
     share = (devices - 1) / devices
-    rounds = {"all-reduce": 2 * share}
+    rounds = {"all-reduce": 2 * share, "collective-permute": 1.0}
     return sum(rounds.get(kind, share) * size for kind, (_, size) in traffic.collectives.items())
 
 

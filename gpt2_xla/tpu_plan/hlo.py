@@ -18,6 +18,7 @@ CALLED = re.compile(
     r"(calls|body|condition|to_apply|called_computations|true_computation|false_computation)=%([\w.\-]+)"
 )
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+INDEX = re.compile(r"index=(\d+)")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 SOURCE = re.compile(r'source_file="([^"]*)" source_line=(\d+)')
 NAME = re.compile(r'op_name="([^"]*)"')
@@ -43,9 +44,6 @@ class Array:
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
-
-
-COUNT = Array("s32", (), False)
 
 
 @dataclass(frozen=True)
@@ -94,15 +92,27 @@ class Program:
                 current[instruction.name] = instruction
 
     def trips(self, loop: Instruction) -> int:
-        """How often a while loop runs: as the compiler says, or the bound that its condition compares a count from 0 with; else 1."""
+        """How often a while loop runs: as the compiler says, or as its condition and its step show; 1 if nothing does."""
         if found := TRIPS.search(loop.text):
             return int(found[1])
-        bounds = [
-            int(instruction.text.partition(")")[0])
-            for _, instruction in self._inside(loop.calls["condition"])
-            if instruction.opcode == "constant" and instruction.arrays == (COUNT,)
-        ]
-        return max(bounds, default=1)
+        condition = {i.name: i for _, i in self._inside(loop.calls["condition"])}
+        bounds = [value for i in condition.values() if (value := _count(i)) is not None]
+        index = next((INDEX.search(i.text) for i in condition.values() if i.opcode == "get-tuple-element"), None)
+        if not bounds or index is None:
+            return 1
+        return max(1, math.ceil(max(bounds) / self._step(loop.calls["body"], int(index[1]))))
+
+    def _step(self, body: str, index: int) -> int:
+        """What a loop adds to the count that its state holds at that place; 1 if that is not plain."""
+        scope, step = self.computations[body], 0
+        root = next(i for i in scope.values() if i.is_root)
+        count = scope.get(root.operands[index]) if root.opcode == "tuple" else None
+        while count is not None and count.opcode == "add":
+            one, other = (scope[name] for name in count.operands)
+            value = _count(other)
+            step += value if value is not None else (_count(one) or 0)
+            count = one if value is not None else other
+        return step or 1
 
     def executed(self) -> Iterator[tuple[str, Instruction, int]]:
         """Every instruction that runs as itself (not inside a fusion): its computation, it, and how often it runs."""
@@ -145,6 +155,13 @@ def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
     return Instruction(
         name, opcode, arrays_of(kind), tuple(re.findall(r"%([\w.\-]+)", arguments[:end])), arguments, is_root
     )
+
+
+def _count(instruction: Instruction) -> int | None:
+    """The value of a constant that is a whole number."""
+    if instruction.opcode != "constant" or [str(array) for array in instruction.arrays] not in (["s32[]"], ["u32[]"]):
+        return None
+    return int(instruction.text.partition(")")[0])
 
 
 def _closing(text: str) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-JOB_MEMORY = 4e9  # bytes to keep for one compilation: GPT-2 124M took 2 to 3 GB
+JOB_MEMORY = 4e9  # bytes to keep for one compilation: GPT-2 124M took 3.7 GB
 POLL = 0.1  # seconds
 
 

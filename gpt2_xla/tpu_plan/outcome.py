@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpt2_xla.model import flops_per_token
-from gpt2_xla.tpu_plan.estimate import Bounds, bounds, training_days
+from gpt2_xla.tpu_plan.estimate import Bounds, all_flops, bounds, training_days
 from gpt2_xla.tpu_plan.plan import Compiled
 
 GIB = 2**30
@@ -30,7 +30,8 @@ class Speed:
     """What no run of the program can beat."""
 
     bounds: Bounds
-    tokens_per_second: float
+    flops: float  # of a device's step
+    tokens_per_second: float  # of the slice
     mfu: float
 
 
@@ -54,7 +55,12 @@ def speed(compiled: Compiled) -> Speed:
     limits = bounds(compiled.traffic, target.device, target.devices)
     tokens_per_second = config.tokens_per_step / limits.step
     flops = flops_per_token(config.model, compiled.parameters)
-    return Speed(limits, tokens_per_second, tokens_per_second * flops / (target.device.peak * target.devices))
+    return Speed(
+        limits,
+        all_flops(compiled.traffic),
+        tokens_per_second,
+        tokens_per_second * flops / (target.device.peak * target.devices),
+    )
 
 
 def facts(compiled: Compiled) -> dict[str, Any]:
@@ -85,7 +91,7 @@ def facts(compiled: Compiled) -> dict[str, Any]:
         "aliased": answer.aliased,
         "temporaries": answer.temporaries,
         "code": answer.code,
-        "matmul_flops": traffic.dot_flops,
+        "flops": fast.flops,
         "hbm_traffic": traffic.hbm,
         "collectives": {kind: {"count": n, "bytes": size} for kind, (n, size) in traffic.collectives.items()},
         "seconds": {name: getattr(fast.bounds, name) for name in ("compute", "hbm", "interconnect", "step")},

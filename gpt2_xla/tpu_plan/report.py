@@ -67,9 +67,15 @@ def _short_lines(short: Shortage) -> Iterator[tuple[str, str]]:
 
 def _speed_lines(traffic: Traffic, fast: Speed) -> Iterator[tuple[str, str]]:
     limits = fast.bounds
-    yield "compute", f"{limits.compute * 1e3:,.1f} ms: {traffic.dot_flops / 1e12:,.2f} TFLOP of matrix products"
-    if traffic.kernels:
-        yield "", f"and {sum(times for *_, times in traffic.kernels)} calls of the attention kernel"
+    yield (
+        "compute",
+        f"{limits.compute * 1e3:,.1f} ms: {fast.flops / 1e12:,.2f} TFLOP of matrix products"
+        + (
+            f", {fast.flops / 1e12 - traffic.dot_flops / 1e12:,.2f} of them in the attention kernel"
+            if traffic.kernels
+            else ""
+        ),
+    )
     yield "HBM", f"{limits.hbm * 1e3:,.1f} ms: {traffic.hbm / 1e9:,.1f} GB"
     sent = ", ".join(f"{n} {kind} of {size / 1e6:,.1f} MB" for kind, (n, size) in traffic.collectives.items())
     yield "links", f"{limits.interconnect * 1e3:,.1f} ms: {sent or 'nothing'}"
