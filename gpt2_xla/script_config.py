@@ -194,6 +194,10 @@ class PlanOptions:
         (),
         "also plan the step with these options changed, and print a table: each value is NAME=VALUE words, as in loss-chunk=0 'num-heads=6 train-batch-size=128'",
     )
+    reference: bool = option(
+        False,
+        "plan the step that is to beat instead: masked softmax over all T x T scores, LayerNorm written out, all float32 logits at once",
+    )
     json: bool = option(False, "print JSON instead of text")
     time_limit: int = option(1200, "seconds for one compilation; what has not ended by then is killed and reported")
     jobs: int | None = option(None, "compilations at a time; default: as many as cores and memory allow")

@@ -156,4 +156,4 @@ def _read_trace(job: Job) -> Trace:
 
 def _traced(config: PlanConfig) -> Any:
     """Options of the step alone: what else a command says shall not trace it anew."""
-    return replace(config, plan=type(config.plan)())
+    return replace(config, plan=type(config.plan)(reference=config.plan.reference))

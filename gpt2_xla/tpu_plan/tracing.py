@@ -28,7 +28,7 @@ ENVIRONMENT = {
 class TraceRequest:
     """What to trace, and where the answers go."""
 
-    config: dict[str, Any]  # of XlaPretrainConfig
+    config: dict[str, Any]  # of PlanConfig
     devices: int  # in the slice: replicas, or the devices of the mesh
     kind: str  # PJRT's name of a device
     program: str = ""  # file for the HloModuleProto
@@ -54,6 +54,7 @@ def trace(request: TraceRequest) -> Trace:
     from gpt2_xla.cli import from_dict
     from gpt2_xla.model import GPT, parameter_count
     from gpt2_xla.tpu_plan.placeholders import REPLICATED, plan_runtime
+    from gpt2_xla.tpu_plan.reference_step import make_reference
     from gpt2_xla.train import Run, train_step
 
     config = from_dict(XlaPretrainConfig, request.config)
@@ -61,6 +62,8 @@ def trace(request: TraceRequest) -> Trace:
     with torch.device("meta"):
         model = GPT(config.model, config.runtime.loss_chunk, config.runtime.vocab_multiple)
     forward = runtime.place(model)
+    if request.config["plan"]["reference"]:
+        make_reference(model)
     run = Run(config, runtime, None, model, forward, runtime.build_optimizer(model, config.optim))  # type: ignore[arg-type]
     model.train()
     values = train_step(run, runtime.hold_batch(config))
