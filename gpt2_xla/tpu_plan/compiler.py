@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_xla.durable_files import atomic_write
+from gpt2_xla.runtime.xla_launch import die_with
 
 # The compiler looks for a TPU VM's metadata server and hosts unless told that there is none.
 ENVIRONMENT = {
@@ -136,6 +137,7 @@ def main() -> None:
     """Compile the request of a file, write the answer to another."""
     request = Request(**json.loads(Path(sys.argv[1]).read_text()))
     os.environ.update(ENVIRONMENT)
+    die_with(os.getppid())
     answer = json.dumps(asdict(compile_request(request)))
     with atomic_write(Path(request.answer)) as file:
         file.write(answer.encode())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_xla.config import XlaPretrainConfig
+from gpt2_xla.runtime.xla_launch import die_with
 
 # One process stands for one replica, or drives as many virtual devices as the slice has; they never compute anything.
 ENVIRONMENT = {
@@ -87,6 +88,7 @@ def main() -> None:
     """Trace the request of a file, write the answer to another."""
     request = TraceRequest(**json.loads(Path(sys.argv[1]).read_text()))
     os.environ.update(ENVIRONMENT)
+    die_with(os.getppid())
     os.environ["CPU_NUM_DEVICES"] = str(request.devices if request.config["runtime"]["sharding"] == "fsdp" else 1)
     Path(request.answer).write_text(json.dumps(asdict(trace(request))))
 
