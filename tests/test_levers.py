@@ -10,7 +10,7 @@ from small_runs import FOUR_STEPS, run_here
 import run_pretrain
 from gpt2_xla import checkpoint
 from gpt2_xla.cli import parse
-from gpt2_xla.config import PRESETS, ModelConfig, TorchConfig, XlaPretrainConfig
+from gpt2_xla.config import PRESETS, ModelConfig, TorchConfig, XlaConfig, XlaPretrainConfig
 from gpt2_xla.model import build_model
 from gpt2_xla.runtime.torch_runtime import TorchRuntime
 from gpt2_xla.runtime.xla_flash import attention_mistakes, flash_obstacles
@@ -108,6 +108,13 @@ def xla_mistakes(*flags):
                 "--attention flash takes heads of at most 128 or a multiple of 128, but --d-model / --num-heads is 160; use --attention auto",
             ],
         ),
+        (
+            ["--attention", "flash", "--scan-layers"],
+            [
+                "--attention flash needs a TPU, but the device is CPU; use --attention auto",
+                "--attention flash does not work with --scan-layers; use --attention auto",
+            ],
+        ),
         (["--attention", "auto", "--dropout", "0.1"], []),
     ],
 )
@@ -118,11 +125,11 @@ def test_what_a_lever_cannot_do_is_said_in_a_sentence(flags, sentences, monkeypa
 
 def test_flash_wants_a_recent_tpu_and_jax(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "jax" else object())
-    assert [text.split(",")[0] for text in flash_obstacles(ModelConfig(), "TPU")] == ["needs jax"]
+    assert [text.split(",")[0] for text in flash_obstacles(ModelConfig(), XlaConfig(), "TPU")] == ["needs jax"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert flash_obstacles(ModelConfig(), "TPU v3") == ["needs a TPU v4 or later, but this is a TPU v3"]
+    assert flash_obstacles(ModelConfig(), XlaConfig(), "TPU v3") == ["needs a TPU v4 or later, but this is a TPU v3"]
     for preset, kind in (("gpt2", "TPU v4"), ("gpt2-6h", "TPU v5 lite"), ("gpt2-xl", "TPU v6 lite")):
-        assert flash_obstacles(ModelConfig(**PRESETS[preset]), kind) == []
+        assert flash_obstacles(ModelConfig(**PRESETS[preset]), XlaConfig(), kind) == []
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,12 @@ import importlib.util
 import os
 import re
 
-from gpt2_xla.config import ModelConfig, XlaPretrainConfig
+from gpt2_xla.config import ModelConfig, XlaConfig, XlaPretrainConfig
 
 BLOCK_MULTIPLE = 128  # of queries and of keys: a row of the TPU's vector registers
 
 
-def flash_obstacles(model: ModelConfig, device_kind: str) -> list[str]:
+def flash_obstacles(model: ModelConfig, runtime: XlaConfig, device_kind: str) -> list[str]:
     """Why the kernel cannot be used on devices of that kind, PJRT's name such as `TPU v4`: what it needs, what there is."""
     obstacles = []
     generation = re.match(r"TPU v(\d+)", device_kind)
@@ -21,6 +21,8 @@ def flash_obstacles(model: ModelConfig, device_kind: str) -> list[str]:
         )
     if generation and int(generation[1]) < 4:
         obstacles.append(f"needs a TPU v4 or later, but this is a {device_kind}")
+    if runtime.scan_layers:  # its tracer cannot look into the kernel
+        obstacles.append("does not work with --scan-layers")
     if model.dropout:
         obstacles.append(f"has no dropout, but --dropout is {model.dropout:g}")
     length, head = model.seq_length, model.d_model // max(model.num_heads, 1)
@@ -36,7 +38,7 @@ def attention_mistakes(config: XlaPretrainConfig) -> list[str]:
     device = os.environ.get("PJRT_DEVICE")
     if config.runtime.attention != "flash" or device is None:
         return []
-    return [flash_sentence(obstacle) for obstacle in flash_obstacles(config.model, device)]
+    return [flash_sentence(obstacle) for obstacle in flash_obstacles(config.model, config.runtime, device)]
 
 
 def flash_sentence(obstacle: str) -> str:

@@ -37,7 +37,7 @@ def attention_kind(model: GPT, config: XlaConfig, device_kind: str) -> Literal["
     """What --attention means on such a device."""
     if config.attention == "math":
         return "math"
-    obstacles = flash_obstacles(model.config, device_kind)
+    obstacles = flash_obstacles(model.config, config, device_kind)
     if obstacles and config.attention == "flash":
         raise UserError([flash_sentence(obstacle) for obstacle in obstacles])
     return "math" if obstacles else "flash"
