@@ -9,6 +9,7 @@ from gpt2_xla.config import XlaConfig
 from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
 from gpt2_xla.runtime.recomputation import recompute_activations
+from gpt2_xla.runtime.xla_attention import math_attention
 from gpt2_xla.runtime.xla_flash import flash_obstacles, flash_sentence
 from gpt2_xla.runtime.xla_scan import ScannedBlocks
 from gpt2_xla.runtime.xla_splash import Mapped, splash_attention
@@ -23,8 +24,7 @@ def pull_levers(
     """
     model.use(fuses=True)
     attention = attention_kind(model, config, device_kind)
-    if attention == "flash":
-        model.use(attend=partial(splash_attention, mapped=mapped))
+    model.use(attend=partial(splash_attention, mapped=mapped) if attention == "flash" else math_attention)
     if config.scan_layers:
         model.use(run_blocks=ScannedBlocks(keep_activations=config.activation_checkpointing == "none"))
     else:

@@ -7,7 +7,6 @@ own rows, as in FSDP, and the gradients come out summed and cut.
 
 import ast
 import functools
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -55,7 +54,6 @@ class Partition:
                 module.forward = partial(forward, module, partial(self.in_use, module, prefix))
             if isinstance(module, Attention) and self.shape.tensor > 1:
                 module.qkv = partial(self._qkv_by_heads, module.c_attn, f"{prefix}.c_attn")  # type: ignore[method-assign]
-                module.attend = attend_by_heads
         model.output_matrix = partial(self.in_use, model.lm_head, "lm_head", "weight")  # type: ignore[method-assign]
         model.loss_chunk *= self.shape.row_shards  # as many tokens on each device as were asked for
         for part in (model.drop, *model.blocks, model.ln_f):
@@ -151,17 +149,6 @@ def _op_sharding(mesh: str, spec: str) -> Any:
     found = xs.Mesh.from_str(mesh)
     assert found is not None
     return found.get_op_sharding(ast.literal_eval(spec))
-
-
-def attend_by_heads(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Causal attention of q, k, v (B, H, T, D) that GSPMD can cut by B and by H.
-
-    torch_xla's scaled_dot_product_attention merges the two into one dimension, for which it would gather all heads.
-    """
-    scores = torch.einsum("bhtd,bhsd->bhts", q, k).float() / math.sqrt(q.shape[-1])
-    later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(diagonal=1)
-    weights = F.dropout(scores.masked_fill(later, -torch.inf).softmax(dim=-1), dropout)
-    return torch.einsum("bhts,bhsd->bhtd", weights.to(v.dtype), v)
 
 
 Parameters = Callable[[str], Tensor]  # by name, gathered
