@@ -111,8 +111,14 @@ def test_mistakes_about_a_hub_dataset_are_one_sentence(tmp_path: Path) -> None:
             assert done.returncode == 2, done.stderr
             assert said in done.stderr
             assert "Traceback" not in done.stderr
-    done = run(tmp_path / "out", tmp_path / "home2", endpoint)  # the server is gone
-    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("dataset", ["some/web", "hf://datasets/some/web"])
+def test_without_a_network_the_host_and_local_paths_are_named(tmp_path: Path, dataset: str) -> None:
+    with small_hub("some/web", FILES) as (endpoint, _):
+        pass  # and the server is gone
+    done = run(tmp_path / "out", tmp_path / "home", endpoint, "--dataset", dataset)
+    assert done.returncode == 2, done.stderr
     assert endpoint.removeprefix("http://") in done.stderr
-    assert "--dataset PATH" in done.stderr
+    assert "give local" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,5 +1,6 @@
 """Files of a Hugging Face dataset: listed by `datasets`, downloaded or streamed by `huggingface_hub`."""
 
+import contextlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from gpt2_xla.data.inputs import (
 )
 from gpt2_xla.errors import UserError
 from gpt2_xla.script_config import FinewebConfig
+
+ANSWER_SECONDS = 10  # for the hub to answer at all
 
 
 def dataset_name(config: FinewebConfig) -> str:
@@ -44,8 +47,13 @@ def dataset_inputs(config: FinewebConfig) -> list[InputFile]:
 def _urls(config: FinewebConfig, dataset: str) -> list[str]:
     """hf:// addresses, with the revision, of the files of a dataset's configuration and split."""
     import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
+        # Asked once, because without a network `datasets` asks for half a minute. What the hub answers is no matter here.
+        with contextlib.suppress(HfHubHTTPError):
+            HfApi().dataset_info(dataset, timeout=ANSWER_SECONDS)
         builder = datasets.load_dataset_builder(dataset, name=config.name, cache_dir=config.cache_dir)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(
