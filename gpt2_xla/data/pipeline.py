@@ -214,7 +214,7 @@ def _make_splits(job: Job, plan: Plan, work: Path) -> None:
         division = _divide(job, work, records, duplicates)
         _write_shards(job, work, records, duplicates, division, pool, progress, tuple(bad.values()))
     if checked := sum(record.checked for record in records):
-        print(f"{checked:,} documents tokenized a second time, by {reference_name(job.tokenizer)}: no difference")
+        print(f"documents tokenized again by {reference_name(job.tokenizer)}: {checked:,}, no difference")
 
 
 def _tokenize(job: Job, units: list[Unit], finished: dict[int, UnitRecord], pool: Pool, progress: Progress) -> None:

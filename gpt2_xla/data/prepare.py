@@ -79,7 +79,7 @@ def _attempt(mistakes: list[str], make: Callable[[], Value]) -> Value | None:
 
 
 def _prepare(job: Job) -> None:
-    expected = {"tokenizer's hash": job.tokenizer.hash, "command": job.command, "source": ", ".join(job.source)}
+    expected = {"tokenizer_hash": job.tokenizer.hash, "command": job.command, "source": list(job.source)}
     with clear_os_errors(job.output_dir):
         splits = {"train", "valid"} if job.has_valid else {"train"}
         published = check_published(job.output_dir, expected, job.inputs)

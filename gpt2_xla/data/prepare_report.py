@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt2_xla.config import ModelConfig
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.output import SPLITS
 from gpt2_xla.data.parts import DOCUMENT, UnitRecord
@@ -97,6 +98,8 @@ def report(output_dir: Path) -> None:
             megabytes = f"{(held.text_bytes or 0) / 1e6:,.2f} MB"
             print(f"{split:<6} {len(held.shards):>7,} {held.documents or 0:>12,} {held.tokens:>16,} {megabytes:>14}")
             words += [f"--{split}-dir", str(folder)]
+    if held is not None and (held.vocab_size or 0) > ModelConfig().vocabulary:
+        words += ["--vocab-size", str(held.vocab_size)]
     if held is not None and held.unused_documents:
         print(f"{'unused':<6} {'':>7} {held.unused_documents:>12,} {held.unused_tokens or 0:>16,}")
         print("\nunused: set apart by --valid-share and so never trained on, more than --valid-tokens asks for")
