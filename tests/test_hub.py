@@ -98,7 +98,6 @@ def test_files_are_downloaded_while_others_are_tokenized(tmp_path: Path, tiktoke
     assert [entry for entry in downloads if entry[0] != "README.md"] == [(name, 0) for name in names]  # and each once
 
 
-@pytest.mark.slow
 def test_mistakes_about_a_hub_dataset_are_one_sentence(tmp_path: Path) -> None:
     with small_hub("some/web", FILES) as (endpoint, _):
         for arguments, said in (
