@@ -43,7 +43,10 @@ class Preparation:
     tokenizer: str = option("gpt2", "bytes, a tiktoken name such as gpt2, or a Hugging Face tokenizer.json or folder")
     output_dir: str = option("data/pydoc", OUTPUT_DIR)
     text_column: str = option("text", "column, or field of .jsonl rows, that holds the text")
-    dedup: Literal["no", "exact"] = option("no", "exact drops documents whose text came before, byte for byte")
+    dedup: Literal["no", "exact"] = option(
+        "no",
+        "exact drops documents whose text came before, byte for byte; else a text that comes twice may be in train/ and valid/",
+    )
     shard_size: int = option(100_000_000, "tokens per shard")
     num_workers: int | None = option(None, "processes that tokenize; default: one per core; changes speed, never bytes")
     skip_bad_files: bool = option(False, "leave out files that can't be read, whole, instead of stopping at them")

@@ -79,6 +79,10 @@ def test_a_hub_dataset_is_downloaded_once_or_streamed(tmp_path: Path, streaming:
         assert all(entry.version for entry in manifest.inputs)
         stored = list((tmp_path / "home" / "hub").rglob("*.parquet")) if (tmp_path / "home" / "hub").exists() else []
         assert len(stored) == (0 if streaming else 2)
+        assert ("\ndownload " in done.stdout) == (not streaming)
+        again = run(tmp_path / "again", tmp_path / "home", endpoint, "--dry-run")
+        assert again.returncode == 0, again.stderr
+        assert ("\ndownload " in again.stdout) == streaming  # what is kept is not asked for twice
 
 
 def test_files_are_downloaded_while_others_are_tokenized(tmp_path: Path, tiktoken_cache: Path) -> None:
@@ -98,7 +102,6 @@ def test_files_are_downloaded_while_others_are_tokenized(tmp_path: Path, tiktoke
     assert [entry for entry in downloads if entry[0] != "README.md"] == [(name, 0) for name in names]  # and each once
 
 
-@pytest.mark.slow
 def test_mistakes_about_a_hub_dataset_are_one_sentence(tmp_path: Path) -> None:
     with small_hub("some/web", FILES) as (endpoint, _):
         for arguments, said in (
@@ -111,8 +114,14 @@ def test_mistakes_about_a_hub_dataset_are_one_sentence(tmp_path: Path) -> None:
             assert done.returncode == 2, done.stderr
             assert said in done.stderr
             assert "Traceback" not in done.stderr
-    done = run(tmp_path / "out", tmp_path / "home2", endpoint)  # the server is gone
-    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("dataset", ["some/web", "hf://datasets/some/web"])
+def test_without_a_network_the_host_and_local_paths_are_named(tmp_path: Path, dataset: str) -> None:
+    with small_hub("some/web", FILES) as (endpoint, _):
+        pass  # and the server is gone
+    done = run(tmp_path / "out", tmp_path / "home", endpoint, "--dataset", dataset)
+    assert done.returncode == 2, done.stderr
     assert endpoint.removeprefix("http://") in done.stderr
-    assert "--dataset PATH" in done.stderr
+    assert "give local" in done.stderr
     assert "Traceback" not in done.stderr

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import zstandard
 
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data import prepare, prepare_report, splits, units
+from gpt2_xla.data.manifest import Manifest, ShardEntry
 from gpt2_xla.data.shards import open_shard
 from gpt2_xla.errors import UserError
 from gpt2_xla.script_config import FinewebConfig, PrepareConfig
@@ -39,11 +41,18 @@ def text_config(source: Path | str, output: Path, **options) -> PrepareConfig:
     return replace(defaults, **options)
 
 
+@pytest.fixture
+def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of small files need not survive a power cut."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 # Units and documents
 
 
+@pytest.mark.usefixtures("no_flush")
 def test_blocks_of_files_give_each_document_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [f"{'long ' * (i * 37 % 90)}{i} é\n日" for i in range(400)]
+    texts = [f"{'long ' * (i * 37 % 90)}{i} é\n日" for i in range(150)]
     lines = "".join(json.dumps({"text": text}) + "\n" * (1 + i % 3) for i, text in enumerate(texts))
     (tmp_path / "a.jsonl").write_text(lines)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
@@ -158,6 +167,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     return state
 
 
+@pytest.mark.usefixtures("no_flush")
 def test_a_crash_at_any_step_is_continued(tmp_path: Path, crash_at: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "UNIT_BYTES", 2000)
     rows = [f"document {i} " * (i % 9 + 1) for i in range(160)]
@@ -194,16 +204,28 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: pyte
     prepare.prepare_text(text_config(tmp_path / "a.txt", tmp_path / "out", dry_run=True))
     said = capsys.readouterr().out
     assert "1 files, about 0.0 MB of text in 1 units" in said
-    assert "GB needed" in said
+    assert "MB needed" in said
     assert not (tmp_path / "out").exists()
 
 
 def test_too_little_disk_is_said_before_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("hello " * 1000)
     monkeypatch.setattr(prepare_report, "disk_free", lambda folder: 100)
-    with pytest.raises(UserError, match=r"--output-dir .*: about 0.0 GB needed, 0.0 GB free; make room"):
+    with pytest.raises(UserError, match=r"--output-dir .*: about 0.0 MB needed, 0.0 MB free; make room"):
         prepare.prepare_text(text_config(tmp_path / "a.txt", tmp_path / "out"))
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_downloads_count_towards_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_report, "disk_free", lambda folder: 5_000_000_000)
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    prepare_report.check_disk(out, 4_000_000_000, cache, 1_000_000_000)
+    with pytest.raises(UserError, match=r"about 6\.0 GB needed \(2\.0 GB of it downloads.* 5\.0 GB free"):
+        prepare_report.check_disk(out, 4_000_000_000, cache, 2_000_000_000)
+    monkeypatch.setattr(prepare_report, "_disk", str)  # each folder a disk of its own
+    prepare_report.check_disk(out, 4_000_000_000, cache, 2_000_000_000)
+    with pytest.raises(UserError, match=r"--cache-dir .*cache: about 6\.0 GB needed"):
+        prepare_report.check_disk(out, 4_000_000_000, cache, 6_000_000_000)
 
 
 def test_addresses_are_read_through_fsspec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,3 +241,40 @@ def test_addresses_are_read_through_fsspec(tmp_path: Path, monkeypatch: pytest.M
     for url, said in (("s3://bucket/x", "pip install s3fs"), ("gopher://x", "unknown kind of address gopher://")):
         with pytest.raises(UserError, match=said):
             prepare.prepare_text(text_config(url, tmp_path / "out3"))
+
+
+def test_lone_surrogates_in_parquet_are_replaced_and_other_bad_utf8_is_named(tmp_path: Path) -> None:
+    def write(*texts: bytes | None) -> None:
+        strings = pa.array(texts, pa.binary()).view(pa.string())  # arrow believes that they are UTF-8
+        pq.write_table(pa.table({"text": strings}), tmp_path / "a.parquet")
+
+    write(b"good \xc3\xa9", b"lone \xed\xa0\x80 high", None, b"")
+    config = text_config(tmp_path / "a.parquet", tmp_path / "out")
+    prepare.prepare_text(config)
+    texts = ("good é", "lone \ufffd high")
+    assert tokens_of(tmp_path / "out" / "train") == [token for text in texts for token in (*text.encode(), EOT)]
+    write(b"good", b"latin \xe9 ")
+    with pytest.raises(UserError, match=r"a.parquet can't be read as parquet .*0xe9"):
+        prepare.prepare_text(text_config(tmp_path / "a.parquet", tmp_path / "out2"))
+
+
+def test_a_wrong_column_of_many_files_is_told_of_a_few(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(9):
+        pq.write_table(pa.table({"body": ["x"]}), tmp_path / "in" / f"{i}.parquet")
+    with pytest.raises(UserError) as caught:
+        prepare.prepare_text(text_config(tmp_path / "in", tmp_path / "out"))
+    assert len(caught.value.mistakes) == 6
+    assert "its columns: body" in caught.value.mistakes[0]
+    assert "4 more files" in caught.value.mistakes[-1]
+
+
+def test_the_command_to_train_names_a_vocabulary_that_the_default_does_not_hold(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shard = ShardEntry("train_00000.npy", 3, 1)
+    for vocabulary, said in ((100_277, True), (50_257, False)):
+        (tmp_path / "train").mkdir(exist_ok=True)
+        manifests.write(tmp_path / "train", Manifest("train", "uint32", 3, (shard,), vocab_size=vocabulary))
+        prepare_report.report(tmp_path)
+        assert ("--vocab-size 100277" in capsys.readouterr().out) == said

@@ -22,6 +22,7 @@ import pytest
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data import prepare, units
 from gpt2_xla.data.inputs import inputs_of
+from gpt2_xla.data.output import claim
 from gpt2_xla.data.parts import hash_of
 from gpt2_xla.data.shards import open_shard
 from gpt2_xla.errors import UserError
@@ -287,7 +288,7 @@ def test_interrupt_leaves_no_processes_and_keeps_finished_units(tmp_path: Path) 
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".preparing"]
 
 
-def test_killed_run_leaves_no_processes_and_refuses_another_source(tmp_path: Path) -> None:
+def test_killed_run_leaves_no_processes_and_refuses_another_command(tmp_path: Path) -> None:
     process, children = start_long_run(tmp_path)
     process.kill()
     process.communicate(timeout=40)
@@ -306,13 +307,15 @@ def test_killed_run_leaves_no_processes_and_refuses_another_source(tmp_path: Pat
         prepare.prepare_text(same)
 
 
-@pytest.mark.usefixtures("tiktoken_cache")
 def test_unfinished_work_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
-    process, _ = start_long_run(tmp_path)
-    process.kill()
-    process.communicate(timeout=40)
-    with pytest.raises(UserError, match="--tokenizer was bytes, is gpt2"):
-        prepare.prepare_text(replace(config_for(tmp_path / "in", tmp_path / "out"), tokenizer="gpt2"))
+    ours = {"version": "2", "options": {"tokenizer": "a.json"}, "tokenizer_hash": "1", "source": ["x"], "inputs": []}
+    claim(tmp_path, ours)
+    for theirs, said in (
+        (ours | {"options": {"tokenizer": "bytes"}}, "--tokenizer was a.json, is bytes"),
+        (ours | {"tokenizer_hash": "2"}, "its tokenizer hash was 1, is 2"),
+    ):
+        with pytest.raises(UserError, match=f"unfinished work of another command: {said}"):
+            claim(tmp_path, theirs)
 
 
 def test_a_dying_worker_ends_the_run_with_one_sentence(tmp_path: Path) -> None:
@@ -357,9 +360,9 @@ def test_other_data_in_the_way_is_refused_and_kept(tmp_path: Path, tiktoken_cach
     prepare.prepare_text(config)
     before = files_under(tmp_path / "out")
     for other, said in (
-        (replace(config, tokenizer="gpt2"), "its tokenizer's hash is"),
-        (replace(config, valid_fraction=0.2), "its command is"),
-        (replace(config, source=("pydoc",)), "its command is"),
+        (replace(config, tokenizer="gpt2"), "--tokenizer was bytes, is gpt2;"),
+        (replace(config, valid_fraction=0.2), "--valid-fraction was 0.1, is 0.2;"),
+        (replace(config, source=("pydoc",)), "--source was .*, is pydoc;"),
     ):
         with pytest.raises(UserError, match=f"holds other data: {said}"):
             prepare.prepare_text(other)

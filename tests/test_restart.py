@@ -23,7 +23,8 @@ def write_source(folder: Path) -> Path:
     folder.mkdir()
     words = [f"word{i}" for i in range(5000)]
     chance = random.Random(0)
-    texts = [" ".join(chance.choices(words, k=chance.randrange(5, 800))) for _ in range(20_000)]
+    bodies = [" ".join(chance.choices(words, k=chance.randrange(5, 800))) for _ in range(500)]
+    texts = [f"document {i} {bodies[i % 500]}" for i in range(20_000)]
     table = pa.table({"text": texts + texts[:500], "id": [f"<urn:{i}>" for i in range(len(texts) + 500)]})
     pq.write_table(table, folder / "a.parquet", row_group_size=1000)
     pq.write_table(table.slice(0, 6000), folder / "b.parquet", row_group_size=500)

@@ -73,12 +73,23 @@ def _parquet_rows(unit: Unit, columns: Columns) -> Iterator[tuple[str, bytes]]:
         size = max(1, min(4096, rows * BATCH_BYTES // max(1, unit.text_bytes)))
         for batch in parquet.iter_batches(batch_size=size, columns=wanted, row_groups=groups):
             texts = batch.column(columns.text)
-            texts.validate(full=True)  # parquet does not promise that its strings are UTF-8
             names = batch.column(columns.id).to_pylist() if has_ids else [None] * len(texts)
-            for i, text in enumerate(_as_binary(texts).to_pylist()):
+            for i, text in enumerate(_utf8_of(texts)):
                 if text is not None:
                     yield f"{file.name}#{row + i}" if names[i] is None else str(names[i]), text
             row += len(texts)
+
+
+def _utf8_of(texts: Any) -> list[bytes | None]:
+    """The UTF-8 of an arrow array of strings, lone surrogates replaced; UnicodeDecodeError where it is something else."""
+    import pyarrow
+
+    found: list[bytes | None] = _as_binary(texts).to_pylist()
+    try:
+        texts.validate(full=True)  # parquet does not promise that its strings are UTF-8
+    except pyarrow.ArrowInvalid:
+        return [text and encode_utf8(text.decode("utf-8", "surrogatepass")) for text in found]
+    return found
 
 
 def _as_binary(texts: Any) -> Any:

@@ -1,5 +1,6 @@
 """Files of a Hugging Face dataset: listed by `datasets`, downloaded or streamed by `huggingface_hub`."""
 
+import contextlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from gpt2_xla.data.inputs import (
     network_errors,
     remote_input,
 )
+from gpt2_xla.data.units import Columns
 from gpt2_xla.errors import UserError
 from gpt2_xla.script_config import FinewebConfig
+
+ANSWER_SECONDS = 10  # for the hub to answer at all
 
 
 def dataset_name(config: FinewebConfig) -> str:
@@ -44,8 +48,13 @@ def dataset_inputs(config: FinewebConfig) -> list[InputFile]:
 def _urls(config: FinewebConfig, dataset: str) -> list[str]:
     """hf:// addresses, with the revision, of the files of a dataset's configuration and split."""
     import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
+        # Asked once, because without a network `datasets` asks for half a minute. What the hub answers is no matter here.
+        with contextlib.suppress(HfHubHTTPError):
+            HfApi().dataset_info(dataset, timeout=ANSWER_SECONDS)
         builder = datasets.load_dataset_builder(dataset, name=config.name, cache_dir=config.cache_dir)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(
@@ -68,6 +77,28 @@ def _urls(config: FinewebConfig, dataset: str) -> list[str]:
             f"--dataset {dataset} holds {other[0].rsplit('/', 1)[-1]}; expected {', '.join(SUFFIXES)} files"
         )
     return urls
+
+
+def bytes_to_download(files: list[InputFile], columns: Columns) -> int:
+    """What the cache still lacks of the hub's files; 0 where they are streamed."""
+    kept = [] if columns.streaming else [file for file in files if file.url.startswith("hf://")]
+    missing = 0
+    for file in kept:
+        from huggingface_hub import HfFileSystem, try_to_load_from_cache  # slow to import, and local files need it not
+
+        with clear_remote_errors(file.url):
+            place: Any = HfFileSystem().resolve_path(file.url)  # asks the hub once for all files of a dataset
+        names = {"repo_type": place.repo_type, "revision": place.revision, "cache_dir": columns.cache_dir}
+        if not isinstance(try_to_load_from_cache(place.repo_id, place.path_in_repo, **names), str):
+            missing += file.size
+    return missing
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """Where downloads are kept."""
+    from huggingface_hub import constants
+
+    return Path(cache_dir or constants.HF_HUB_CACHE)
 
 
 @cache

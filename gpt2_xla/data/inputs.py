@@ -156,12 +156,13 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def network_errors() -> tuple[type[Exception], ...]:
-    """What reading over a network raises: requests' errors are OSErrors, those of httpx are not."""
-    try:
-        from httpx import HTTPError
-    except ImportError:  # an older huggingface_hub
-        return (OSError,)
-    return (OSError, HTTPError)
+    """What reading over a network raises: OSErrors, and those of the HTTP package that this huggingface_hub is built on.
+
+    That package has been requests, httpx and httpx2; each calls the base of its errors HTTPError.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, *(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"))
 
 
 def host_of(url: str) -> str:

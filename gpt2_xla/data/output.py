@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,14 +77,44 @@ def _differences(held: dict[str, Any], ours: dict[str, Any]) -> list[str]:
         before, now = held["options"].get(name), ours["options"].get(name)
         if before != now:
             found.append(f"--{name.replace('_', '-')} was {before}, is {now}")
-    for name in ("tokenizer_hash", "source"):
-        if held[name] != ours[name] and not found:
-            found.append(f"its {name.replace('_', ' ')} was {held[name]}, is {ours[name]}")
-    if not found:
-        found = changed_inputs(
-            [InputEntry(*entry) for entry in held["inputs"]], [InputEntry(*e) for e in ours["inputs"]]
-        )
-    return found
+    return (
+        found
+        or _changed_facts(held, ours)
+        or changed_inputs([InputEntry(*entry) for entry in held["inputs"]], [InputEntry(*e) for e in ours["inputs"]])
+    )
+
+
+def _changed_facts(held: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """What the same options mean now: another tokenizer of that name, another Python's documentation."""
+    return [
+        f"its {name.replace('_', ' ')} was {held[name]}, is {ours[name]}"
+        for name in ("tokenizer_hash", "source")
+        if held[name] != ours[name]
+    ]
+
+
+def changed_options(before: str, now: str) -> list[str]:
+    """The options that two recorded commands give different values."""
+    held, ours = _options(before), _options(now)
+    return [
+        f"{flag} was {held.get(flag, 'not given')}, is {ours.get(flag, 'not given')}"
+        for flag in dict.fromkeys([*held, *ours])
+        if held.get(flag) != ours.get(flag)
+    ]
+
+
+def _options(command: str) -> dict[str, str]:
+    """The flags of a recorded command with their values as text; "command" is what stands before them."""
+    flag, words = "command", {"command": list[str]()}
+    for word in shlex.split(command):
+        if word.startswith("--no-"):
+            words[word.replace("--no-", "--", 1)] = ["off"]
+        elif word.startswith("--"):
+            flag = word
+            words[flag] = []
+        else:
+            words[flag].append(word)
+    return {name: " ".join(values) or "on" for name, values in words.items()}
 
 
 def changed_inputs(held: list[InputEntry], ours: list[InputEntry]) -> list[str]:
@@ -108,18 +139,10 @@ def check_published(output_dir: Path, expected: dict[str, Any], inputs: list[Inp
         if not (folder / manifests.FILE_NAME).exists():
             raise UserError(f"{folder} holds files that no prepare command wrote; choose another --output-dir")
         manifest = manifests.read(folder)
-        held = {
-            "tokenizer's hash": manifest.tokenizer_hash,
-            "command": manifest.command,
-            "source": ", ".join(manifest.source),
-        }
-        for what, theirs in held.items():
-            if theirs != expected[what]:
-                raise UserError(
-                    f"{folder} holds other data: its {what} is {theirs!r}, this one's {expected[what]!r}; "
-                    "choose another --output-dir or delete that folder"
-                )
-        if changes := changed_inputs(list(manifest.inputs), inputs):
+        held = {"tokenizer_hash": manifest.tokenizer_hash, "source": list(manifest.source)}
+        changes = changed_options(manifest.command or "", expected["command"])
+        changes = changes or _changed_facts(held, expected) or changed_inputs(list(manifest.inputs), inputs)
+        if changes:
             raise UserError(
                 f"{folder} holds other data: {'; '.join(changes)}; choose another --output-dir or delete that folder"
             )

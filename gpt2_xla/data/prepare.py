@@ -1,6 +1,7 @@
 """Both commands that prepare data: their options become one Job, which gpt2_xla.data.pipeline runs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -79,7 +80,7 @@ def _attempt(mistakes: list[str], make: Callable[[], Value]) -> Value | None:
 
 
 def _prepare(job: Job) -> None:
-    expected = {"tokenizer's hash": job.tokenizer.hash, "command": job.command, "source": ", ".join(job.source)}
+    expected = {"tokenizer_hash": job.tokenizer.hash, "command": job.command, "source": list(job.source)}
     with clear_os_errors(job.output_dir):
         splits = {"train", "valid"} if job.has_valid else {"train"}
         published = check_published(job.output_dir, expected, job.inputs)
@@ -88,6 +89,7 @@ def _prepare(job: Job) -> None:
             _forget_work(job)
         else:
             plan = plan_units(job.files, job.columns, job.config.skip_bad_files)
+            plan = replace(plan, download=hub.bytes_to_download(job.files, job.columns))
             print_plan(job, plan)
             if job.config.dry_run:
                 return

@@ -13,6 +13,7 @@ from gpt2_xla.data.inputs import InputFile, UnreadableInput, clear_remote_errors
 from gpt2_xla.errors import UserError
 
 UNIT_BYTES = 16 * 2**20  # of text: long against starting a task, short against the work that a kill loses
+TOLD = 5  # bad files that an error names; a wrong --text-column makes hundreds of them
 # Text per byte of a compressed file, for the estimate of the work only.
 EXPANSION = 3.5
 
@@ -46,6 +47,7 @@ class Plan:
 
     units: tuple[Unit, ...]
     bad: dict[str, str]
+    download: int = 0  # bytes that are to be downloaded and kept
 
     @property
     def text_bytes(self) -> int:
@@ -73,7 +75,9 @@ def plan_units(files: list[InputFile], columns: Columns, skip_bad: bool) -> Plan
     if batch:
         units.append(_batch_unit(len(units), batch))
     if bad and not skip_bad:
-        raise UserError(list(bad.values()))
+        told = list(bad.values())
+        more = [f"and the same or other mistakes in {len(told) - TOLD:,} more files"] if len(told) > TOLD else []
+        raise UserError([*told[:TOLD], *more])
     return Plan(tuple(units), bad)
 
 
