@@ -232,6 +232,11 @@ def test_a_mesh_that_does_not_fit_is_told_with_one_that_does(mesh, hosts, eval_b
     assert all(sentence in mistake for sentence, mistake in zip(sentences, found, strict=True))
 
 
+def test_a_mesh_on_one_device_is_told_how_to_try_it():
+    (found,) = mesh_mistakes(PretrainConfig(model_config()), "data=2", devices=1, hosts=1)
+    assert found.endswith("there is one; leave --mesh out (or, to try it on the CPU, set CPU_NUM_DEVICES=2)")
+
+
 @pytest.mark.xla
 def test_mistakes_of_mesh_and_options_are_told_together_before_anything_is_built(tmp_path, text_data):
     flags = ["--mesh", "fsdp=4", "--mp-start-method", "fork", "--checkpoints-dir", tmp_path / "run"]
@@ -241,4 +246,5 @@ def test_mistakes_of_mesh_and_options_are_told_together_before_anything_is_built
     assert "--mp-start-method fork has no meaning with --sharding fsdp" in output
     assert "--mesh fsdp=4 is for 4 devices, but there are 8; use --mesh fsdp=8" in output
     assert "Traceback" not in output
+    assert "XLA_USE_SPMD" not in output  # torch_xla's warning, where SPMD is switched on twice
     assert not (tmp_path / "run").exists()

@@ -29,8 +29,9 @@ from gpt2_xla.runtime.xla_shards import put_together, shard_bytes, tiles
 
 
 def start_devices() -> tuple[int, int]:
-    """Start PJRT for SPMD, once per process: the devices of all hosts, and the hosts."""
-    xr.use_spmd()
+    """Start PJRT for SPMD, unless this process has: the devices of all hosts, and the hosts."""
+    if not xr.is_spmd():
+        xr.use_spmd()
     return xr.global_runtime_device_count(), xr.process_count()
 
 
