@@ -87,11 +87,11 @@ def test_fsdp_on_eight_devices_equals_one_process_with_an_eighth_of_the_memory(e
 @pytest.mark.parametrize(
     ("mesh", "levers"),
     [
-        ("data=8", ["--activation-checkpointing", "block"]),
+        ("data=8", ["--activation-checkpointing", "block", "--no-use-syncfree-optim"]),
         ("data=2,fsdp=2,tensor=2", ["--activation-checkpointing", "selective", "--vocab-multiple", "128"]),
     ],
 )
-def test_other_meshes_with_memory_levers_equal_one_process(mesh, levers, tmp_path, text_data, one_process):
+def test_other_meshes_levers_and_optimizer_equal_one_process(mesh, levers, tmp_path, text_data, one_process):
     flags = [*FLAGS, "--mesh", mesh, *levers]
     run(*sharded(*flags), *data_flags(text_data), "--checkpoints-dir", tmp_path / "run", **EIGHT)
     assert_same_run(tmp_path / "run", one_process)
