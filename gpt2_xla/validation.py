@@ -55,6 +55,11 @@ def _range_mistakes(config: PretrainConfig) -> list[str]:
         "--log-interval": log.log_interval,
         "--vocab-multiple": config.runtime.vocab_multiple,
     }
+    if isinstance(config.runtime, XlaConfig):
+        at_least_one |= {  # MpDeviceLoader waits for ever, or ends the data at once, with a queue of none
+            "--loader-prefetch-size": config.runtime.loader_prefetch_size,
+            "--device-prefetch-size": config.runtime.device_prefetch_size,
+        }
     not_negative = {
         "--valid-interval": run.valid_interval,
         "--save-interval": run.save_interval,

@@ -67,14 +67,18 @@ def write_split(folder: Path, split: str, tokens: np.ndarray) -> Path:
     return target
 
 
-@pytest.fixture(scope="session")
-def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with train/ (40,000 byte tokens of English) and valid/ (2,000)."""
+def write_text_data(folder: Path) -> Path:
+    """Fill a folder with train/ (40,000 byte tokens of English) and valid/ (2,000)."""
     from pydoc_data.topics import topics
 
     text = " ".join(topics[name] for name in sorted(topics)).encode()
     tokens = np.frombuffer(text[:42_000], np.uint8)
-    folder = tmp_path_factory.mktemp("text_data")
     write_split(folder, "train", tokens[:40_000])
     write_split(folder, "valid", tokens[40_000:])
     return folder
+
+
+@pytest.fixture(scope="session")
+def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `write_text_data`."""
+    return write_text_data(tmp_path_factory.mktemp("text_data"))

@@ -87,11 +87,11 @@ def test_fsdp_on_eight_devices_equals_one_process_with_an_eighth_of_the_memory(e
 @pytest.mark.parametrize(
     ("mesh", "levers"),
     [
-        ("data=8", ["--activation-checkpointing", "block"]),
+        ("data=8", ["--activation-checkpointing", "block", "--no-use-syncfree-optim"]),
         ("data=2,fsdp=2,tensor=2", ["--activation-checkpointing", "selective", "--vocab-multiple", "128"]),
     ],
 )
-def test_other_meshes_with_memory_levers_equal_one_process(mesh, levers, tmp_path, text_data, one_process):
+def test_other_meshes_levers_and_optimizer_equal_one_process(mesh, levers, tmp_path, text_data, one_process):
     flags = [*FLAGS, "--mesh", mesh, *levers]
     run(*sharded(*flags), *data_flags(text_data), "--checkpoints-dir", tmp_path / "run", **EIGHT)
     assert_same_run(tmp_path / "run", one_process)
@@ -232,6 +232,11 @@ def test_a_mesh_that_does_not_fit_is_told_with_one_that_does(mesh, hosts, eval_b
     assert all(sentence in mistake for sentence, mistake in zip(sentences, found, strict=True))
 
 
+def test_a_mesh_on_one_device_is_told_how_to_try_it():
+    (found,) = mesh_mistakes(PretrainConfig(model_config()), "data=2", devices=1, hosts=1)
+    assert found.endswith("there is one; leave --mesh out (or, to try it on the CPU, set CPU_NUM_DEVICES=2)")
+
+
 @pytest.mark.xla
 def test_mistakes_of_mesh_and_options_are_told_together_before_anything_is_built(tmp_path, text_data):
     flags = ["--mesh", "fsdp=4", "--mp-start-method", "fork", "--checkpoints-dir", tmp_path / "run"]
@@ -241,4 +246,5 @@ def test_mistakes_of_mesh_and_options_are_told_together_before_anything_is_built
     assert "--mp-start-method fork has no meaning with --sharding fsdp" in output
     assert "--mesh fsdp=4 is for 4 devices, but there are 8; use --mesh fsdp=8" in output
     assert "Traceback" not in output
+    assert "XLA_USE_SPMD" not in output  # torch_xla's warning, where SPMD is switched on twice
     assert not (tmp_path / "run").exists()

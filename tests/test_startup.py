@@ -13,7 +13,7 @@ from small_runs import FOUR_STEPS, run_here
 import run_pretrain
 import run_pretrain_xla
 from gpt2_xla import checkpoint
-from gpt2_xla.config import DataConfig, OptimConfig, PretrainConfig, RunConfig
+from gpt2_xla.config import DataConfig, OptimConfig, PretrainConfig, RunConfig, XlaConfig, XlaPretrainConfig
 from gpt2_xla.validation import config_mistakes, replica_mistakes
 
 CPU_ONLY = pytest.mark.skipif(
@@ -201,6 +201,14 @@ def test_a_schedule_that_makes_no_sense_is_refused(optim, part):
     assert part in found
 
 
+def test_a_queue_of_no_batches_is_refused():
+    config = XlaPretrainConfig(runtime=XlaConfig(loader_prefetch_size=0, device_prefetch_size=-1))
+    assert config_mistakes(config) == [
+        "--loader-prefetch-size 0 must be at least 1",
+        "--device-prefetch-size -1 must be at least 1",
+    ]
+
+
 def test_a_batch_that_the_replicas_cannot_share_names_the_nearest_that_they_can():
     config = PretrainConfig(data=DataConfig(train_batch_size=100, eval_batch_size=3))
     assert replica_mistakes(config, 8) == [
@@ -357,6 +365,14 @@ def test_xla_tells_what_its_installation_lacks(monkeypatch, capsys, text_data, t
     assert found.startswith("XLA_USE_BF16=1 makes torch_xla keep float32 tensors in bf16")
     assert "unset XLA_USE_BF16" in found
     monkeypatch.delenv("XLA_USE_BF16")
+    for count in ("0", "two"):
+        monkeypatch.setenv("CPU_NUM_DEVICES", count)
+        (found,) = mistakes()
+        assert found.startswith(f"CPU_NUM_DEVICES={count} is not a number of devices, 1 or more")
+    monkeypatch.setenv("CPU_NUM_DEVICES", "2")  # replicas would be threads, whose collectives hang or crash
+    (found,) = mistakes()
+    assert "unset CPU_NUM_DEVICES, or add --sharding fsdp" in found
+    monkeypatch.delenv("CPU_NUM_DEVICES")
     # A torch_xla of another version, found before the real one.
     monkeypatch.setenv("PJRT_DEVICE", "CPU")
     metadata = tmp_path / "site" / "torch_xla-2.7.0.dist-info" / "METADATA"

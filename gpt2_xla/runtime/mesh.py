@@ -76,6 +76,11 @@ def mesh_mistakes(config: PretrainConfig, mesh: str | None, devices: int, hosts:
     """Why a run cannot be spread over these devices, with what would work. `mesh` must parse."""
     shape = mesh_shape(mesh, devices)
     if shape.devices != devices:
+        if devices == 1:
+            return [
+                f"--mesh {shape} is for {shape.devices} devices, but there is one; leave --mesh out "
+                f"(or, to try it on the CPU, set CPU_NUM_DEVICES={shape.devices})"
+            ]
         return [
             f"--mesh {shape} is for {shape.devices} devices, but there are {devices}; "
             f"use --mesh {_nearest_mesh(shape, devices)}, for example"

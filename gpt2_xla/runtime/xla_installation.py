@@ -40,6 +40,21 @@ def installation_mistakes() -> list[str]:
     return mistakes
 
 
+def virtual_device_mistakes(sharded: bool) -> list[str]:
+    """What CPU_NUM_DEVICES, the devices that PJRT's CPU client pretends to have, cannot be."""
+    count = os.environ.get("CPU_NUM_DEVICES")
+    if count is None or os.environ.get("PJRT_DEVICE") != "CPU":
+        return []
+    if not count.isdecimal() or int(count) < 1:
+        return [f"CPU_NUM_DEVICES={count} is not a number of devices, 1 or more; set one, or unset CPU_NUM_DEVICES"]
+    if int(count) > 1 and not sharded:  # replicas are threads then, whose collectives hang or crash in torch_xla 2.9
+        return [
+            f"CPU_NUM_DEVICES={count} works with --sharding fsdp alone: replicas on the CPU cannot talk to each other; "
+            "unset CPU_NUM_DEVICES, or add --sharding fsdp"
+        ]
+    return []
+
+
 def package_mistakes() -> list[str]:
     """Whether torch_xla is there and fits torch."""
     if importlib.util.find_spec("torch_xla") is None:

@@ -19,7 +19,7 @@ from gpt2_xla.runtime.mesh import mesh_mistakes
 from gpt2_xla.runtime.replica_board import ReplicaBoard
 from gpt2_xla.runtime.stop_signals import STOP_SIGNALS
 from gpt2_xla.runtime.xla_flash import attention_mistakes
-from gpt2_xla.runtime.xla_installation import installation_mistakes
+from gpt2_xla.runtime.xla_installation import installation_mistakes, virtual_device_mistakes
 
 Work = Callable[[Any, Runtime], Any]
 
@@ -29,9 +29,9 @@ def launch(config: XlaPretrainConfig, work: Work, replica: Callable[..., None] |
 
     With --sharding fsdp this process does it, for all devices. Else xmp.spawn starts a replica per device: SIGTERM and
     Ctrl-C stop all replicas before the same step; if one fails the others, which would wait for it in a collective for
-    ever, are killed, and its error is raised here. `replica` replaces `run_replica` in tests.
+    ever, are killed, and its error is raised here. `replica` replaces `run_replica` in tests, which know their machine.
     """
-    if mistakes := machine_mistakes(config):
+    if replica is None and (mistakes := machine_mistakes(config)):
         raise UserError(mistakes)
     if config.runtime.sharding == "fsdp":
         run_sharded(config, work)
@@ -97,8 +97,9 @@ def machine_mistakes(config: XlaPretrainConfig) -> list[str]:
 
     With --sharding fsdp this starts the devices. Without, it must not: xmp.spawn's children could not use them any more.
     """
-    mistakes = [*installation_mistakes(), *attention_mistakes(config)]
-    if mistakes or config.runtime.sharding == "none":
+    sharded = config.runtime.sharding == "fsdp"
+    mistakes = [*installation_mistakes(), *virtual_device_mistakes(sharded), *attention_mistakes(config)]
+    if mistakes or not sharded:
         return mistakes
     from gpt2_xla.runtime.xla_spmd_runtime import start_devices
 

@@ -29,8 +29,9 @@ from gpt2_xla.runtime.xla_shards import put_together, shard_bytes, tiles
 
 
 def start_devices() -> tuple[int, int]:
-    """Start PJRT for SPMD, once per process: the devices of all hosts, and the hosts."""
-    xr.use_spmd()
+    """Start PJRT for SPMD, unless this process has: the devices of all hosts, and the hosts."""
+    if not xr.is_spmd():
+        xr.use_spmd()
     return xr.global_runtime_device_count(), xr.process_count()
 
 
@@ -68,7 +69,8 @@ class XlaSpmdRuntime(XlaRuntime):
             for value in optimizer.state[parameter].values():
                 if value.shape == parameter.shape:  # not the step count
                     self.partition.mark(value, self.partition.stored(name, parameter))
-        self._held += optimizers.named_state(model, optimizer).values()
+        state = optimizers.named_state(model, optimizer).values()
+        self._held += (value for value in state if value.device.type == "xla")  # torch's own Adam counts on the host
 
     def batches(self, host_batches: Iterator[Tensor], rows_dim: int) -> Generator[Tensor, None, None]:
         if self.world_size == 1:
@@ -108,7 +110,7 @@ class XlaSpmdRuntime(XlaRuntime):
 
     def _whole(self, tensor: Tensor) -> Tensor:
         """All of a tensor that the devices hold in parts, on the CPU. `.cpu()` would compile a program for each, each time."""
-        if math.prod(tiles(tensor)) == 1:
+        if tensor.device.type == "cpu" or math.prod(tiles(tensor)) == 1:
             return tensor.cpu()
         if self.world_size == 1:
             return put_together(tensor)
