@@ -373,6 +373,10 @@ def test_xla_tells_what_its_installation_lacks(monkeypatch, capsys, text_data, t
     (found,) = mistakes()
     assert "unset CPU_NUM_DEVICES, or add --sharding fsdp" in found
     monkeypatch.delenv("CPU_NUM_DEVICES")
+    monkeypatch.setenv("XLA_USE_SPMD", "1")
+    (found,) = mistakes()
+    assert "unset XLA_USE_SPMD, or use --sharding fsdp" in found
+    monkeypatch.delenv("XLA_USE_SPMD")
     # A torch_xla of another version, found before the real one.
     monkeypatch.setenv("PJRT_DEVICE", "CPU")
     metadata = tmp_path / "site" / "torch_xla-2.7.0.dist-info" / "METADATA"

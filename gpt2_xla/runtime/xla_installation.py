@@ -31,6 +31,11 @@ def installation_mistakes() -> list[str]:
             "PJRT_DEVICE=TPU, but this machine has no TPU; try the program with PJRT_DEVICE=CPU "
             "(python scripts/doctor.py tells what this machine has)"
         )
+    count = os.environ.get("CPU_NUM_DEVICES", "1")
+    if device == "CPU" and not (count.isdecimal() and int(count)):
+        mistakes.append(
+            f"CPU_NUM_DEVICES={count} is not a number of devices, 1 or more; set one, or unset CPU_NUM_DEVICES"
+        )
     for name in HALVING:
         if os.environ.get(name, "0") not in ("", "0"):
             mistakes.append(
@@ -40,19 +45,22 @@ def installation_mistakes() -> list[str]:
     return mistakes
 
 
-def virtual_device_mistakes(sharded: bool) -> list[str]:
-    """What CPU_NUM_DEVICES, the devices that PJRT's CPU client pretends to have, cannot be."""
-    count = os.environ.get("CPU_NUM_DEVICES")
-    if count is None or os.environ.get("PJRT_DEVICE") != "CPU":
-        return []
-    if not count.isdecimal() or int(count) < 1:
-        return [f"CPU_NUM_DEVICES={count} is not a number of devices, 1 or more; set one, or unset CPU_NUM_DEVICES"]
-    if int(count) > 1 and not sharded:  # replicas are threads then, whose collectives hang or crash in torch_xla 2.9
-        return [
+def replica_environment_mistakes() -> list[str]:
+    """Environment variables with which xmp.spawn's replicas (--sharding none) crash or hang."""
+    mistakes = []
+    if os.environ.get("XLA_USE_SPMD", "0") not in ("", "0"):
+        mistakes.append(
+            f"XLA_USE_SPMD={os.environ['XLA_USE_SPMD']} makes one device of all, and then there are no replicas; "
+            "unset XLA_USE_SPMD, or use --sharding fsdp"
+        )
+    count = os.environ.get("CPU_NUM_DEVICES", "1")
+    # More would be threads of one process, whose collectives hang or crash in torch_xla 2.9.
+    if os.environ.get("PJRT_DEVICE") == "CPU" and count.isdecimal() and int(count) > 1:
+        mistakes.append(
             f"CPU_NUM_DEVICES={count} works with --sharding fsdp alone: replicas on the CPU cannot talk to each other; "
             "unset CPU_NUM_DEVICES, or add --sharding fsdp"
-        ]
-    return []
+        )
+    return mistakes
 
 
 def package_mistakes() -> list[str]:

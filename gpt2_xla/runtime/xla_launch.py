@@ -19,7 +19,7 @@ from gpt2_xla.runtime.mesh import mesh_mistakes
 from gpt2_xla.runtime.replica_board import ReplicaBoard
 from gpt2_xla.runtime.stop_signals import STOP_SIGNALS
 from gpt2_xla.runtime.xla_flash import attention_mistakes
-from gpt2_xla.runtime.xla_installation import installation_mistakes, virtual_device_mistakes
+from gpt2_xla.runtime.xla_installation import installation_mistakes, replica_environment_mistakes
 
 Work = Callable[[Any, Runtime], Any]
 
@@ -98,8 +98,10 @@ def machine_mistakes(config: XlaPretrainConfig) -> list[str]:
     With --sharding fsdp this starts the devices. Without, it must not: xmp.spawn's children could not use them any more.
     """
     sharded = config.runtime.sharding == "fsdp"
-    mistakes = [*installation_mistakes(), *virtual_device_mistakes(sharded), *attention_mistakes(config)]
-    if mistakes or not sharded:
+    mistakes = [*installation_mistakes(), *attention_mistakes(config)]
+    if not sharded:
+        return [*mistakes, *replica_environment_mistakes()]
+    if mistakes:
         return mistakes
     from gpt2_xla.runtime.xla_spmd_runtime import start_devices
 
