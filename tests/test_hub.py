@@ -79,6 +79,10 @@ def test_a_hub_dataset_is_downloaded_once_or_streamed(tmp_path: Path, streaming:
         assert all(entry.version for entry in manifest.inputs)
         stored = list((tmp_path / "home" / "hub").rglob("*.parquet")) if (tmp_path / "home" / "hub").exists() else []
         assert len(stored) == (0 if streaming else 2)
+        assert ("\ndownload " in done.stdout) == (not streaming)
+        again = run(tmp_path / "again", tmp_path / "home", endpoint, "--dry-run")
+        assert again.returncode == 0, again.stderr
+        assert ("\ndownload " in again.stdout) == streaming  # what is kept is not asked for twice
 
 
 def test_files_are_downloaded_while_others_are_tokenized(tmp_path: Path, tiktoken_cache: Path) -> None:

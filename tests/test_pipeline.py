@@ -204,16 +204,28 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: pyte
     prepare.prepare_text(text_config(tmp_path / "a.txt", tmp_path / "out", dry_run=True))
     said = capsys.readouterr().out
     assert "1 files, about 0.0 MB of text in 1 units" in said
-    assert "GB needed" in said
+    assert "MB needed" in said
     assert not (tmp_path / "out").exists()
 
 
 def test_too_little_disk_is_said_before_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("hello " * 1000)
     monkeypatch.setattr(prepare_report, "disk_free", lambda folder: 100)
-    with pytest.raises(UserError, match=r"--output-dir .*: about 0.0 GB needed, 0.0 GB free; make room"):
+    with pytest.raises(UserError, match=r"--output-dir .*: about 0.0 MB needed, 0.0 MB free; make room"):
         prepare.prepare_text(text_config(tmp_path / "a.txt", tmp_path / "out"))
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_downloads_count_towards_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_report, "disk_free", lambda folder: 5_000_000_000)
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    prepare_report.check_disk(out, 4_000_000_000, cache, 1_000_000_000)
+    with pytest.raises(UserError, match=r"about 6\.0 GB needed \(2\.0 GB of it downloads.* 5\.0 GB free"):
+        prepare_report.check_disk(out, 4_000_000_000, cache, 2_000_000_000)
+    monkeypatch.setattr(prepare_report, "_disk", str)  # each folder a disk of its own
+    prepare_report.check_disk(out, 4_000_000_000, cache, 2_000_000_000)
+    with pytest.raises(UserError, match=r"--cache-dir .*cache: about 6\.0 GB needed"):
+        prepare_report.check_disk(out, 4_000_000_000, cache, 6_000_000_000)
 
 
 def test_addresses_are_read_through_fsspec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

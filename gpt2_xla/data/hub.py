@@ -15,6 +15,7 @@ from gpt2_xla.data.inputs import (
     network_errors,
     remote_input,
 )
+from gpt2_xla.data.units import Columns
 from gpt2_xla.errors import UserError
 from gpt2_xla.script_config import FinewebConfig
 
@@ -76,6 +77,28 @@ def _urls(config: FinewebConfig, dataset: str) -> list[str]:
             f"--dataset {dataset} holds {other[0].rsplit('/', 1)[-1]}; expected {', '.join(SUFFIXES)} files"
         )
     return urls
+
+
+def bytes_to_download(files: list[InputFile], columns: Columns) -> int:
+    """What the cache still lacks of the hub's files; 0 where they are streamed."""
+    kept = [] if columns.streaming else [file for file in files if file.url.startswith("hf://")]
+    missing = 0
+    for file in kept:
+        from huggingface_hub import HfFileSystem, try_to_load_from_cache  # slow to import, and local files need it not
+
+        with clear_remote_errors(file.url):
+            place: Any = HfFileSystem().resolve_path(file.url)  # asks the hub once for all files of a dataset
+        names = {"repo_type": place.repo_type, "revision": place.revision, "cache_dir": columns.cache_dir}
+        if not isinstance(try_to_load_from_cache(place.repo_id, place.path_in_repo, **names), str):
+            missing += file.size
+    return missing
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """Where downloads are kept."""
+    from huggingface_hub import constants
+
+    return Path(cache_dir or constants.HF_HUB_CACHE)
 
 
 @cache

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gpt2_xla.data import assemble
+from gpt2_xla.data import assemble, hub
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.assemble import Division, ShardJob, SplitPlan
 from gpt2_xla.data.downloads import DownloadsAhead
@@ -19,7 +19,7 @@ from gpt2_xla.data.inputs import InputFile, UnreadableInput
 from gpt2_xla.data.manifest import InputEntry, Manifest, ShardEntry
 from gpt2_xla.data.output import publish, remove
 from gpt2_xla.data.parts import UnitRecord, part_path, read_record, write_part, write_record
-from gpt2_xla.data.prepare_report import Progress, check_disk, disk_free, disk_needed, plan_table
+from gpt2_xla.data.prepare_report import Progress, check_disk, disk_free, disk_needed, plan_table, size
 from gpt2_xla.data.shards import dtype_for
 from gpt2_xla.data.splits import Duplicates, find_duplicates, hash_threshold
 from gpt2_xla.data.units import UNIT_BYTES, Columns, Plan, Unit
@@ -55,6 +55,10 @@ class Job:
     @property
     def workers(self) -> int:
         return self.config.num_workers or default_workers()
+
+    @property
+    def cache_folder(self) -> Path:
+        return hub.cache_folder(self.columns.cache_dir)
 
     @property
     def dtype(self) -> str:
@@ -114,9 +118,12 @@ def print_plan(job: Job, plan: Plan) -> None:
         ),
         ("tokenizer", f"{job.tokenizer.name}, {job.tokenizer.vocab_size:,} ids, {job.dtype}"),
         ("workers", job.workers),
-        ("disk", f"about {needed / 1e9:,.2f} GB needed, {disk_free(job.output_dir) / 1e9:,.1f} GB free"),
+        ("disk", f"about {size(needed)} needed, {size(disk_free(job.output_dir))} free"),
         ("output", job.output_dir),
     ]
+    if plan.download:
+        cache = job.cache_folder
+        rows.append(("download", f"{size(plan.download)}, kept in {cache}, {size(disk_free(cache))} free"))
     print(plan_table(rows))
     for reason in plan.bad.values():
         print(f"left out: {reason}")
@@ -191,7 +198,8 @@ def _make_splits(job: Job, plan: Plan, work: Path) -> None:
     config, parts = job.config, work / "units"
     finished = {unit.index: record for unit in plan.units if (record := read_record(parts, unit.index))}
     needed = disk_needed(plan, job.tokenizer, job.dtype, config.shard_size, job.workers)
-    check_disk(job.output_dir, needed, len(finished) / max(1, len(plan.units)))
+    left = 1 - len(finished) / max(1, len(plan.units))
+    check_disk(job.output_dir, int(needed * left), job.cache_folder if plan.download else None, plan.download)
     if finished:
         print(f"continuing: {len(finished):,} of {len(plan.units):,} units are finished")
     dedup = config.dedup == "exact"

@@ -1,6 +1,7 @@
 """Both commands that prepare data: their options become one Job, which gpt2_xla.data.pipeline runs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -88,6 +89,7 @@ def _prepare(job: Job) -> None:
             _forget_work(job)
         else:
             plan = plan_units(job.files, job.columns, job.config.skip_bad_files)
+            plan = replace(plan, download=hub.bytes_to_download(job.files, job.columns))
             print_plan(job, plan)
             if job.config.dry_run:
                 return

@@ -31,19 +31,43 @@ def disk_needed(plan: Plan, tokenizer: Tokenizer, dtype: str, shard_size: int, w
 
 def disk_free(folder: Path) -> int:
     """Free bytes on the disk of a folder that may not exist yet."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def size(count: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def check_disk(output_dir: Path, needed: int, cache: Path | None = None, download: int = 0) -> None:
+    """UserError if bytes to write or to download find no room; where both go to one disk, they need it together."""
+    hint = f" ({size(download)} of it downloads, which --streaming does not keep)"
+    if cache is None:
+        places = [("--output-dir", output_dir, needed, "")]
+    elif _disk(cache) == _disk(output_dir):
+        places = [("--output-dir", output_dir, needed + download, hint)]
+    else:
+        places = [("--output-dir", output_dir, needed, ""), ("--cache-dir", cache, download, hint)]
+    mistakes = [
+        f"{flag} {folder}: about {size(wanted)} needed{what}, {size(disk_free(folder))} free; "
+        f"make room or choose another {flag}"
+        for flag, folder, wanted, what in places
+        if wanted > disk_free(folder)
+    ]
+    if mistakes:
+        raise UserError(mistakes)
+
+
+def _disk(folder: Path) -> int:
+    """The number of the device that a folder is, or will be, on."""
+    return _existing(folder).stat().st_dev
+
+
+def _existing(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that is there."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def check_disk(output_dir: Path, needed: int, done: float) -> None:
-    """UserError if the share of the work that is not `done` finds no room."""
-    free, missing = disk_free(output_dir), int(needed * (1 - done))
-    if missing > free:
-        raise UserError(
-            f"--output-dir {output_dir}: about {missing / 1e9:,.1f} GB needed, {free / 1e9:,.1f} GB free; "
-            "make room or choose another --output-dir"
-        )
+    return folder
 
 
 def plan_table(rows: list[tuple[str, Any]]) -> str:

@@ -47,6 +47,7 @@ class Plan:
 
     units: tuple[Unit, ...]
     bad: dict[str, str]
+    download: int = 0  # bytes that are to be downloaded and kept
 
     @property
     def text_bytes(self) -> int:
