@@ -152,7 +152,7 @@ class RuntimeConfig:
     )
     vocab_multiple: int = option(
         1,
-        "pad the output matrix to a multiple of N rows while the loss is computed (128 fills a TPU's matrix units); the padding is in no parameter and no checkpoint",
+        "pad the output matrix to a multiple of N rows while the loss is computed; the padding is in no parameter and no checkpoint. TPUs need none: their compiler pads by itself",
     )
     activation_checkpointing: Literal["none", "block", "selective"] = option(
         "none",
