@@ -2,6 +2,7 @@
 """Pretrain a GPT on CUDA, CPU or any other torch accelerator: `python run_pretrain.py …` for one process,
 `torchrun --standalone --nproc_per_node=N run_pretrain.py …` for N."""
 
+import os
 import sys
 
 from gpt2_xla.config import TorchPretrainConfig
@@ -9,22 +10,30 @@ from gpt2_xla.errors import run_main
 
 
 def main() -> None:
-    from gpt2_xla.runtime.torch_runtime import TorchRuntime, device_mistakes, world_size
-    from gpt2_xla.startup import pretrain_config
-    from gpt2_xla.train import pretrain
-    from gpt2_xla.validation import replica_mistakes
+    from gpt2_xla.runtime.orphans import die_with
+    from gpt2_xla.runtime.stop_signals import StopSignals
 
-    config = pretrain_config(
-        TorchPretrainConfig,
-        sys.argv[1:],
-        __doc__,
-        lambda config: [*device_mistakes(config.runtime), *replica_mistakes(config, world_size())],
-    )
-    runtime = TorchRuntime(config.runtime)
-    try:
-        pretrain(config, runtime)
-    finally:
-        runtime.close()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with(os.getppid())
+    with StopSignals() as stop:  # before the slow imports: a signal that comes during them is heard too
+        from gpt2_xla.runtime.maintenance import watch_maintenance
+        from gpt2_xla.runtime.torch_runtime import TorchRuntime, device_mistakes, world_size
+        from gpt2_xla.startup import pretrain_start
+        from gpt2_xla.train import pretrain
+        from gpt2_xla.validation import replica_mistakes
+
+        watch_maintenance(stop)
+        start = pretrain_start(
+            TorchPretrainConfig,
+            sys.argv[1:],
+            __doc__,
+            lambda config: [*device_mistakes(config.runtime), *replica_mistakes(config, world_size())],
+        )
+        runtime = TorchRuntime(start.config.runtime, stop)
+        try:
+            pretrain(start.config, runtime, start.source)
+        finally:
+            runtime.close()
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class _Timing:
     loss: float = 0.0
 
 
-class _OurLoop:
+class OurLoop:
     """The program's own training step, without logging, validation and checkpoints."""
 
     def __init__(self, config: PretrainConfig, runtime: Runtime) -> None:
@@ -124,7 +124,7 @@ class _OurLoop:
 
 def measure(config: PretrainConfig, runtime: Runtime, steps: int, result: str, bare: bool) -> None:
     """Time the train step of `config`, in turns with a bare loop of it; write the rows, as JSON, to `result` (rank 0)."""
-    ours = _OurLoop(config, runtime)
+    ours = OurLoop(config, runtime)
     _warm_up(ours.step)
     compiles, memory = runtime.compile_stats(), runtime.peak_memory()
     loops: dict[str, Callable[[], Reader]] = {runtime.describe(): ours.step}

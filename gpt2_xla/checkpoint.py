@@ -2,35 +2,38 @@
 
 step-00001000/
   config.json  model.safetensors        what `transformers` reads (and the tokenizer's files, if it has some)
-  trainer_state/optimizer.safetensors   Adam's moments and step counts, by parameter name
+  trainer_state/optimizer.safetensors   Adam's moments and step counts, by parameter name; where several processes hold
+                                        the state, a file of each: optimizer-RANK-N.safetensors
   trainer_state/state.json              TrainerState
-  trainer_state/COMPLETE                size and sha256 of every file, written last
+  trainer_state/COMPLETE                size and sha256 of every file, and the save's number; written last
 """
 
 import dataclasses
 import math
 import platform
 import re
-import shutil
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gpt2_xla import checkpoint_files as files
-from gpt2_xla import hf
+from gpt2_xla import checkpoint_parts, hf, shares
 from gpt2_xla.cli import from_dict
 from gpt2_xla.config import ModelConfig
 from gpt2_xla.errors import UserError
+from gpt2_xla.shares import Share, by_name, put_together, share_files, whole_shape
+from gpt2_xla.tensor_files import Entry, read_tensors
 
 CONFIG, MODEL = "config.json", "model.safetensors"
 OPTIMIZER, STATE = "trainer_state/optimizer.safetensors", "trainer_state/state.json"
+Kept = TypeVar("Kept")
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
@@ -59,43 +62,67 @@ class TrainerState:
     tokenizer_hash: str | None = None
     scaler: dict[str, Any] | None = None  # fp16's gradient scaler
     wandb_id: str | None = None
+    recent_losses: list[float] = field(default_factory=list)  # mean losses of the last log windows, nats per token
     versions: dict[str, str] = field(default_factory=_versions)
 
 
 def save(
     run_dir: Path,
     state: TrainerState,
-    weights: dict[str, Tensor],
-    optimizer: dict[str, Tensor],
+    weights: Sequence[Share],
+    optimizer: Sequence[Share],
     end_of_text: int | None = None,
     tokenizer_files: Path | None = None,
+    parts: Sequence[Path] = (),
 ) -> Path:
     """Write the checkpoint of `state.step`, replacing one of the same step; return its folder.
 
-    All tensors are on the CPU; weights have our names, `lm_head.weight` may be listed or not where it is tied. The files
-    in the folder `tokenizer_files` are copied in. Raises SaveError if the disk is full or may not be written.
+    The shares are those of this process, under our names (`lm_head.weight` may be listed or not where it is tied); those
+    of the other processes are awaited in the folders `parts`. No more than one tensor is copied at a time. The files in
+    the folder `tokenizer_files` are copied in. Raises SaveError if the disk is full or may not be written.
     """
     final = run_dir / f"step-{state.step:08d}"
     config = from_dict(ModelConfig, state.config["model"])
 
-    def fill(folder: Path) -> None:
+    def fill(new: files.NewFolder) -> None:
         for file in sorted(tokenizer_files.iterdir()) if tokenizer_files else []:
             if file.is_file():
-                shutil.copyfile(file, folder / file.name)
-        (folder / STATE).parent.mkdir()
-        files.write_json(folder / CONFIG, hf.hugging_face_config(config, end_of_text))
-        files.write_json(folder / STATE, dataclasses.asdict(state))
-        files.write_tensors(folder / MODEL, hf.to_hugging_face(weights, config))
-        files.write_tensors(folder / OPTIMIZER, optimizer)
+                new.write(file.name, [file.read_bytes()])
+        new.write_json(CONFIG, hf.hugging_face_config(config, end_of_text))
+        new.write_json(STATE, dataclasses.asdict(state))
+        if parts:
+            checkpoint_parts.write_shares(new, checkpoint_parts.OPTIMIZER, 0, optimizer)
+        else:
+            new.write_tensors(OPTIMIZER, *share_files(optimizer)[0])
+        elsewhere = checkpoint_parts.take_in(new, parts)
+        new.write_tensors(MODEL, _hugging_face_entries([*weights, *elsewhere], config))
 
     try:
         files.remove_leftovers(run_dir, "step-*")
-        files.write_folder(final, fill)
+        number = 1 + max(map(files.save_number, checkpoints(run_dir)), default=0)
+        files.write_folder(final, number, fill)
     except OSError as error:
         good = newest_good(run_dir, lambda _: None)
         rest = f"the last good one, {good.name}, is untouched" if good else "there is no earlier one"
         raise SaveError(f"could not save checkpoint {final}: {error.strerror or error}; {rest}") from error
+    finally:
+        checkpoint_parts.remove(parts)
     return final
+
+
+def _hugging_face_entries(weights: Sequence[Share], config: ModelConfig) -> list[Entry]:
+    """The file that `transformers` reads; each tensor is put together and turned only when its turn comes."""
+    entries = []
+    for name, blocks in by_name(weights).items():
+        like = torch.empty(whole_shape(blocks), dtype=blocks[0].data.dtype, device="meta")
+
+        def read(name: str = name, blocks: Sequence[Share] = blocks) -> Tensor:
+            (tensor,) = hf.to_hugging_face({name: put_together(blocks)}, config).values()
+            return tensor
+
+        for theirs, turned in hf.to_hugging_face({name: like}, config).items():  # none for a tied output layer
+            entries.append(Entry(theirs, turned.dtype, tuple(turned.shape), read))
+    return entries
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -118,10 +145,14 @@ def problems(path: Path, for_resume: bool = True) -> list[str]:
 
     Reads every byte; without `for_resume` not those of the optimizer's state.
     """
-    found = files.damage(path, {CONFIG, MODEL, OPTIMIZER, STATE}, unhashed=set() if for_resume else {OPTIMIZER})
+    found = files.damage(
+        path, {CONFIG, MODEL, STATE}, lambda name: not for_resume and name.startswith("trainer_state/optimizer")
+    )
     if found:
         return found
-    for read in (read_model_config, read_state):
+    if not _optimizer_files(path):
+        return [f"{path / OPTIMIZER} is missing"]
+    for read in (read_weights, read_state, _check_model):
         try:
             read(path)
         except UserError as error:
@@ -186,11 +217,26 @@ def read_state(path: Path) -> TrainerState:
         value, kinds = saved[name], _json_types(hints[name])
         if type(value) not in kinds:
             mistakes.append(f"{path / STATE}: {name!r} is {str(value)[:40]!r}; expected {kinds[0].__name__}")
-        elif name in ("step", "samples") and value < 0:
-            mistakes.append(f"{path / STATE}: {name!r} is {value}; expected 0 or more")
+        elif name in ("step", "samples") and not 0 <= value < 2**62:
+            mistakes.append(f"{path / STATE}: {name!r} is {str(value)[:40]}; expected 0 or more, below 2^62")
+        elif isinstance(value, float) and not math.isfinite(value):
+            mistakes.append(f"{path / STATE}: {name!r} is {value}; expected a number")
     if mistakes:
         raise UserError(sorted(mistakes))
     return TrainerState(**{name: saved[name] for name in hints if name in saved})
+
+
+def _check_model(path: Path) -> None:
+    """Raise UserError if the model that a resumed run would build is not that of config.json."""
+    theirs, saved = read_model_config(path), read_state(path).config.get("model", {})
+    ours = from_dict(ModelConfig, saved) if isinstance(saved, dict) else ModelConfig()
+    differs = [
+        f"{name} {str(getattr(ours, name))[:40]} instead of {getattr(theirs, name)}"
+        for name in ("vocabulary", "seq_length", "d_model", "num_layers", "num_heads", "hidden_dim", "tie_weights")
+        if getattr(ours, name) != getattr(theirs, name)
+    ]
+    if differs:
+        raise UserError(f"{path / STATE} tells of another model than {CONFIG}: {', '.join(differs)}")
 
 
 def _json_types(hint: Any) -> list[type]:
@@ -210,13 +256,43 @@ def read_model_config(path: Path) -> ModelConfig:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The weights under our names, memory-mapped (matrices as transposed views); raises UserError."""
-    return hf.from_hugging_face(files.read_tensors(path / MODEL), read_model_config(path))
+    """The weights under our names, memory-mapped (matrices as transposed views); raises UserError.
+
+    Their sizes are those that config.json tells: a model built from it is no larger than the file.
+    """
+    config = read_model_config(path)
+    weights = hf.from_hugging_face(read_tensors(path / MODEL), config)
+    expected = {
+        "wte.weight": (config.vocabulary, config.d_model),
+        "wpe.weight": (config.seq_length, config.d_model),
+        "blocks.0.mlp.c_fc.weight": (config.hidden_dim, config.d_model),
+    }
+    layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    mistakes = [f"{path / CONFIG} tells of {config.num_layers} layers; {MODEL} has {layers}"]
+    mistakes = mistakes if layers != config.num_layers else []
+    for name, shape in expected.items():
+        got = tuple(weights[name].shape) if name in weights else None
+        if got != shape:
+            mistakes.append(f"{path / CONFIG} tells of a {name} of {shape}; that in {MODEL} is {got or 'missing'}")
+    if mistakes:
+        raise UserError(mistakes)
+    return weights
 
 
-def read_optimizer(path: Path) -> dict[str, Tensor]:
-    """The optimizer's state, named as by `optim.named_state`, memory-mapped; raises UserError."""
-    return files.read_tensors(path / OPTIMIZER)
+def _optimizer_files(path: Path) -> list[Path]:
+    return sorted((path / OPTIMIZER).parent.glob("*.safetensors"))
+
+
+@torch.no_grad()
+def load_optimizer(path: Path, targets: dict[str, Tensor]) -> None:
+    """Copy the optimizer's state into `targets`, named as by `optim.named_state`, however many processes saved it.
+
+    Raises UserError, before anything is copied, if the files are malformed or a tensor is missing or of another shape.
+    """
+    found = _optimizer_files(path)
+    if not found:
+        raise UserError(f"{path / OPTIMIZER} is missing")
+    shares.load(found, targets)
 
 
 @torch.no_grad()
@@ -249,29 +325,26 @@ def _equals_its_twin(
     return twin in weights and torch.equal(weights[name], weights[twin])
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Delete all checkpoints but the `keep` last written and the one with the best validation loss. Call after a save.
+def prune(run_dir: Path, keep: int, spare: Collection[Path] = ()) -> None:
+    """Delete all checkpoints but those `to_keep` and those to `spare`. Call after a save."""
+    saved = {folder: (files.save_number(folder), _step(folder), _valid_loss(folder)) for folder in checkpoints(run_dir)}
+    for folder in saved.keys() - to_keep(saved, keep) - set(spare):
+        files.delete_folder(folder)
+
+
+def to_keep(saved: Mapping[Kept, tuple[int, int, float | None]], keep: int) -> set[Kept]:
+    """Of checkpoints, given with (save number, step, validation loss), the `keep` last written and the best one.
 
     Last written, not highest step: after a fallback over a damaged checkpoint the new ones have lower steps than it.
     """
-    by_age = sorted(checkpoints(run_dir), key=_written, reverse=True)
-    losses = {folder: loss for folder in by_age if (loss := _valid_loss(folder)) is not None}
-    kept = {*by_age[: max(keep, 1)], *([min(losses, key=losses.__getitem__)] if losses else [])}
-    for folder in by_age:
-        if folder not in kept:
-            files.delete_folder(folder)
-
-
-def _written(folder: Path) -> tuple[int, int]:
-    """When the checkpoint was completed (ns); 0 if it has no record."""
-    record = folder / files.RECORD
-    return (record.stat().st_mtime_ns if record.is_file() else 0, _step(folder))
+    by_age = sorted(saved, key=lambda one: saved[one][:2], reverse=True)
+    losses = {one: loss for one in by_age if (loss := saved[one][2]) is not None}
+    return {*by_age[: max(keep, 1)], *([min(losses, key=losses.__getitem__)] if losses else [])}
 
 
 def _valid_loss(folder: Path) -> float | None:
-    """The recorded validation loss, unless unreadable or not finite."""
+    """The recorded validation loss, unless unreadable."""
     try:
-        loss = read_state(folder).valid_loss
+        return read_state(folder).valid_loss
     except UserError:
         return None
-    return loss if loss is not None and math.isfinite(loss) else None

@@ -14,6 +14,8 @@ from gpt2_xla.config import PRESETS, ModelConfig, RunConfig
 from gpt2_xla.errors import UserError
 
 Config = TypeVar("Config")
+LARGEST_RECIPE = 2**16  # bytes; splitting a megabyte of anything into words takes minutes
+LARGEST_NUMBER = 2**53  # what JSON and float64 hold exactly
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -188,7 +190,9 @@ def _values(config_type: type, raw: dict[str, Any], mistakes: list[str]) -> dict
     flags = {flag.key: flag for flag in flags_of(config_type)}
     for key, text in raw.items():
         if text is None:
-            mistakes.append(f"{flags[key].name} needs a value")
+            choices = (flags[key].metavar or "").strip("{}").split(",")
+            among = f": one of {', '.join(choices)}" if len(choices) > 1 else ""
+            mistakes.append(f"{flags[key].name} needs a value{among}")
             continue
         try:
             values[key] = convert(text, flags[key].type, flags[key].name)
@@ -224,7 +228,9 @@ def from_dict(config_type: type[Config], saved: dict[str, Any]) -> Config:
             value = group[flag.key]
             if typing.get_origin(flag.type) is tuple and isinstance(value, str | None):
                 value = [] if value is None else [value]
-            values[flag.key] = None if value is None else convert(value, flag.type, f"saved option {flag.key}")
+            may_be_none = types.NoneType in typing.get_args(flag.type)
+            none = value is None and may_be_none
+            values[flag.key] = None if none else convert(value, flag.type, f"saved option {flag.key}")
     return replace_fields(config_type(), values)
 
 
@@ -237,11 +243,17 @@ def read_recipe(name: str) -> list[str]:
             f"--recipe {name}: no such file or recipe{did_you_mean(name, known)}; there are {', '.join(known) or 'none'}"
         )
     try:
+        if path.stat().st_size > LARGEST_RECIPE:
+            raise UserError(
+                f"--recipe {path} is larger than {LARGEST_RECIPE:,} bytes; a recipe is a short file of flags"
+            )
         tokens = shlex.split(path.read_text(encoding="utf-8"), comments=True)
     except (OSError, ValueError) as error:  # ValueError: an unclosed quote, or no text
         raise UserError(f"--recipe {path} can't be read as flags: {error}") from error
     if any(token.split("=")[0] == "--recipe" for token in tokens):
         raise UserError(f"{path}: a recipe cannot name another --recipe")
+    if "-h" in tokens or "--help" in tokens:
+        raise UserError(f"{path}: a recipe cannot ask for --help")
     return tokens
 
 
@@ -271,8 +283,11 @@ def convert(value: Any, type_: Any, name: str) -> Any:
     try:
         if not isinstance(value, takes[inner]) or (isinstance(value, bool) and inner is not bool):
             raise TypeError
-        return inner(value)
-    except (TypeError, ValueError):
+        converted = inner(value)
+        if inner is int and abs(converted) > LARGEST_NUMBER:
+            raise UserError(f"{name} is too large: whole numbers end at {LARGEST_NUMBER:,}")
+        return converted
+    except (TypeError, ValueError, OverflowError):
         kind = {bool: "on or off", int: "a whole number", float: "a number", str: "text"}[inner]
         raise UserError(f"{name} {value} is not {kind}") from None
 

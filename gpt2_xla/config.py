@@ -107,9 +107,34 @@ class RunConfig:
         3, "checkpoints to keep, newest first; the best by validation loss is kept besides"
     )
     checkpoints_dir: str = option("runs/gpt2", "the run's folder: checkpoints, config.json, metrics.jsonl")
-    resume: bool = option(False, "continue from the newest good checkpoint in --checkpoints-dir")
-    from_checkpoint: str | None = option(None, "continue from this checkpoint folder instead")
+    remote_dir: str | None = option(
+        None,
+        "also copy every checkpoint, and the records of the run, to this address (gs://, s3://, hf:// or another that fsspec opens); a machine with an empty --checkpoints-dir continues from there",
+    )
+    strict_saving: bool = option(
+        False,
+        "end the run when a checkpoint can't be saved or copied; else that is a warning, and the next save tries again",
+    )
+    resume: Literal["auto", "must", "never"] = option(
+        "auto",
+        "auto continues from the newest good checkpoint in --checkpoints-dir, or begins anew if there is none; must refuses to begin anew; never refuses a folder that holds checkpoints",
+    )
+    from_checkpoint: str | None = option(
+        None, "begin with this checkpoint, of another run; given again, the command continues what it began"
+    )
+    hang_timeout: float = option(
+        1800.0,
+        "end the run, with each rank's position and a stack of each thread, after N seconds without progress; start-up and compilation may take an hour even so; 0 waits for ever",
+    )
     do_test: bool = option(False, "do not train: evaluate the checkpoint on --valid-dir, print loss and perplexity")
+    max_skipped_steps: int = option(
+        20,
+        "save, write the batches to bad_batch-STEP.safetensors and stop when N steps in a row had a loss or gradients that are not finite, which changes nothing; looked at every --log-interval; 0: never stop",
+    )
+    spike_factor: float | None = option(
+        None,
+        "go back to the last checkpoint before it, and skip the data, when the mean loss of a log window exceeds X times the median of the up to 20 windows before it (5 at least); default: never",
+    )
     seed: int = option(1337, "seed of the initial weights, the data order and dropout")
 
 
@@ -136,6 +161,10 @@ class RuntimeConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
         "bf16",
         "matmul precision under autocast; weights, optimizer state and loss stay float32. fp16 is for CUDA GPUs and uses a gradient scaler",
+    )
+    residual_precision: Literal["auto", "fp32", "bf16"] = option(
+        "auto",
+        "precision of the residual stream between the blocks under --mixed-precision bf16. bf16 halves its memory and traffic; LayerNorm computes in float32 from either. auto is bf16 on TPU v4 and later, else fp32",
     )
     matmul_precision: Literal["highest", "high", "medium"] = option(
         "highest", "precision of float32 matmuls; high lets CUDA use TF32"
@@ -189,7 +218,7 @@ class XlaConfig(RuntimeConfig):
         "spawn", "how xmp.spawn starts the replicas' processes (--sharding none)"
     )
     use_syncfree_optim: bool = option(
-        True, "torch_xla's sync-free AdamW/Adam, which skips a step with non-finite gradients on the device"
+        True, "torch_xla's sync-free AdamW/Adam; without it torch's own, which takes more operations for the same"
     )
     loader_prefetch_size: int = option(8, "host batches that MpDeviceLoader keeps ready")
     device_prefetch_size: int = option(4, "device batches that MpDeviceLoader keeps ready")
@@ -202,7 +231,7 @@ class XlaConfig(RuntimeConfig):
     )
     attention: Literal["auto", "flash", "math"] = option(
         "auto",
-        "flash is the Pallas kernel, which never stores the T x T matrices, on TPU v4 and later; auto takes it where it can run, else math",
+        "flash is the Pallas kernel, which never stores the T x T matrices, on TPUs; auto takes it where it can run, else math",
     )
 
 

@@ -11,13 +11,21 @@ class UserError(Exception):
     A sentence names the flag or file, the value, what was expected and how to mend it.
     """
 
+    status = 2  # of the process that it ends
+
     def __init__(self, mistakes: str | Sequence[str]) -> None:
         self.mistakes: tuple[str, ...] = (mistakes,) if isinstance(mistakes, str) else tuple(mistakes)
         super().__init__("\n".join(self.mistakes))
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[tuple[str, ...]]]:
         # Errors travel between the replicas' processes; the default would pickle one joined string.
-        return UserError, (self.mistakes,)
+        return type(self), (self.mistakes,)
+
+
+class HangError(UserError):
+    """No progress for --hang-timeout: nobody's mistake in the command, but a sentence says all there is to say too."""
+
+    status = 70
 
 
 def print_mistakes(error: UserError) -> None:
@@ -31,12 +39,12 @@ def print_mistakes(error: UserError) -> None:
 
 
 def run_main(main: Callable[[], int | None]) -> int:
-    """Run a command's main(); return its exit status: 2 for a `UserError`, 130 for Ctrl-C before training starts."""
+    """Run a command's main(); return its exit status: 2 for a `UserError`, 70 for a hang, 130 for a run that was interrupted."""
     try:
         return main() or 0
     except UserError as error:
         print_mistakes(error)
-        return 2
+        return error.status
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

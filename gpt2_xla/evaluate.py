@@ -1,6 +1,7 @@
 """Validation loss over a whole split, the same for any number of replicas."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -9,19 +10,26 @@ from gpt2_xla.loss import IGNORED
 from gpt2_xla.runtime.base import Runtime
 
 
-def evaluate(forward: nn.Module, host_batches: Iterator[Tensor], runtime: Runtime) -> float:
+def evaluate(
+    forward: nn.Module, host_batches: Iterator[Tensor], runtime: Runtime, go_on: Callable[[], bool] = lambda: True
+) -> float | None:
     """Mean loss in nats per token over batches (B, 2, T) of inputs and targets; targets of -100 are padding.
 
-    Sums on the device and fetches once, at the end.
+    Sums on the device and fetches once, at the end. None if `go_on`, asked before each batch, said no.
     """
     was_training = forward.training
     forward.eval()
     total = torch.zeros(2).to(runtime.device)  # copied, not computed: every batch runs one and the same graph
-    with torch.no_grad():
-        for batch in runtime.batches(host_batches, rows_dim=0):
+    whole = True
+    with torch.no_grad(), contextlib.closing(runtime.batches(host_batches, rows_dim=0)) as batches:
+        for batch in batches:
+            if not (whole := go_on()):
+                break
             total = total + evaluation_step(forward, batch, runtime)
             runtime.end_step()
     forward.train(was_training)
+    if not whole:
+        return None
     loss, count = runtime.fetch_later(total)()
     return loss / count
 

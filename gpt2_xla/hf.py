@@ -13,7 +13,7 @@ TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 # Causal-mask buffers that old checkpoints carry; they are no weights.
 MASKS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
 OTHERS = re.compile(r"wte\.weight|wpe\.weight|ln_f\.(weight|bias)")
-BLOCK = re.compile(r"h\.(\d+)\.((ln_1|ln_2|attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.(weight|bias))")
+BLOCK = re.compile(r"h\.(\d{1,6})\.((ln_1|ln_2|attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.(weight|bias))")
 
 # gelu_new and gelu_pytorch_tanh are one function, the tanh approximation; plain "gelu" is another (erf).
 ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}
@@ -45,15 +45,14 @@ FIXED: dict[str, Any] = {
 
 
 def to_hugging_face(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our weights under GPT2LMHeadModel's names and layouts, contiguous; a tied output layer is left out."""
+    """Our weights under GPT2LMHeadModel's names and layouts; matrices are transposed views, a tied output layer is left out."""
     theirs = {}
     for name, value in weights.items():
         if name == "lm_head.weight":
             if not config.tie_weights:
-                theirs[name] = value.contiguous()
+                theirs[name] = value
             continue
-        value = value.t() if name.endswith(TRANSPOSED) else value
-        theirs["transformer." + re.sub(r"^blocks\.", "h.", name)] = value.contiguous()
+        theirs["transformer." + re.sub(r"^blocks\.", "h.", name)] = value.t() if name.endswith(TRANSPOSED) else value
     return theirs
 
 
@@ -79,7 +78,7 @@ def from_hugging_face(weights: dict[str, Tensor], config: ModelConfig) -> dict[s
             unknown.append(name)
     if unknown:
         more = f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
-        raise UserError(f"these weights are no part of a GPT-2: {', '.join(unknown[:4])}{more}")
+        raise UserError(f"these weights are no part of a GPT-2: {', '.join(name[:80] for name in unknown[:4])}{more}")
     return ours
 
 

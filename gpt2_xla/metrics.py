@@ -18,7 +18,7 @@ Record = dict[str, Any]
 
 
 class Sink(Protocol):
-    """Takes records {"kind": "train" | "valid", "step": …, name: number}."""
+    """Takes records {"kind": "train" | "valid" | "rollback", "step": …, name: number}."""
 
     def write(self, record: Record) -> None:
         """Take one record; must not raise for want of disk or network."""
@@ -95,6 +95,8 @@ class ProgressBar:
             tqdm.write(
                 f"step {record['step']}: validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}{best}"
             )
+            return
+        if record["kind"] != "train":
             return
         shown = {"loss": f"{record['loss']:.4f}", "tokens/s": f"{record['tokens_per_second']:,.0f}"}
         if record.get("mfu") is not None:

@@ -25,6 +25,7 @@ class GPT(nn.Module):
         self.config, self.loss_chunk, self.vocab_multiple = config, loss_chunk, vocab_multiple
         self.run_blocks: RunBlocks = in_turn
         self.fuses = False
+        self.residual_dtype: torch.dtype | None = None  # of the stream between the blocks; None: the embeddings'
         self.wte = nn.Embedding(config.vocabulary, config.d_model)
         self.wpe = nn.Embedding(config.seq_length, config.d_model)
         self.drop = nn.Dropout(config.dropout)
@@ -44,7 +45,7 @@ class GPT(nn.Module):
         A target of -100 is not counted.
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T) -> (B, T, C)
+        x = self.drop(self.wte(tokens) + self.wpe(positions)).to(self.residual_dtype)  # (B, T) -> (B, T, C)
         x = self.ln_f(self.run_blocks(self.blocks, x))
         if targets is None:
             return self.lm_head(x)  # (B, T, C) -> (B, T, V)
@@ -54,12 +55,20 @@ class GPT(nn.Module):
         """The output layer's weight (V, C); a method because a runtime may have to gather it."""
         return self.lm_head.weight
 
-    def use(self, attend: Attend | None = None, run_blocks: RunBlocks | None = None, fuses: bool | None = None) -> None:
+    def use(
+        self,
+        attend: Attend | None = None,
+        run_blocks: RunBlocks | None = None,
+        fuses: bool | None = None,
+        residual_dtype: torch.dtype | None = None,
+    ) -> None:
         """Compute attention, the way through the blocks, or the loss by other means: the same values for other memory or time.
 
         `fuses` says that a compiler makes one pass over memory of several elementwise operations (see `next_token_loss`).
+        `residual_dtype` rounds the residual stream, for use under autocast.
         """
         self.run_blocks = run_blocks or self.run_blocks
+        self.residual_dtype = residual_dtype or self.residual_dtype
         self.fuses = self.fuses if fuses is None else fuses
         for module in self.modules():
             if attend is not None and isinstance(module, Attention):

@@ -23,10 +23,35 @@ def optimizer_arguments(optim: OptimConfig) -> dict[str, Any]:
     return {"lr": optim.learning_rate, "betas": optim.betas, "eps": 1e-8}
 
 
-def build_torch_optimizer(model: nn.Module, optim: OptimConfig, fused: bool) -> torch.optim.Optimizer:
-    """torch's own AdamW or Adam over the model's parameter groups."""
+def build_torch_optimizer(
+    model: nn.Module, optim: OptimConfig, fused: bool, capturable: bool = False
+) -> torch.optim.Optimizer:
+    """torch's own AdamW or Adam over the model's parameter groups; `capturable` counts steps on the device."""
     kind = torch.optim.AdamW if optim.optim_type == "adamw" else torch.optim.Adam
-    return kind(parameter_groups(model, optim.weight_decay), **optimizer_arguments(optim), fused=fused)
+    groups = parameter_groups(model, optim.weight_decay)
+    return kind(groups, **optimizer_arguments(optim), fused=fused, capturable=capturable)
+
+
+def not_finite(values: Tensor) -> Tensor:
+    """1.0 if a step's [loss, gradient norm] has a NaN or an infinity, so that the step must change nothing; else 0.0.
+
+    A norm that is not finite means a gradient that is not. On the device: nobody waits for it.
+    """
+    return (~torch.isfinite(values).all()).float()
+
+
+@torch.no_grad()
+def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """A step of an optimizer that knows no `found_inf`, undone on the device where `skip` is 1.
+
+    For compilers: what is copied here is then only read once, and never stored.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held = [*parameters, *(value for p in parameters for value in optimizer.state[p].values())]
+    before = [tensor.clone() for tensor in held]
+    optimizer.step()
+    for tensor, old in zip(held, before, strict=True):
+        tensor.copy_(torch.where(skip > 0, old, tensor))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
@@ -57,9 +82,3 @@ def prime_state(model: nn.Module, optimizer: torch.optim.Optimizer, step_device:
             "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
             "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         }
-
-
-def load_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
-    """Copy state saved by `named_state` into a primed optimizer; KeyError if a name is missing."""
-    for name, value in named_state(model, optimizer).items():
-        value.copy_(saved[name].to(value.dtype))

@@ -5,6 +5,7 @@ from gpt2_xla.config import PRESETS, TorchPretrainConfig, XlaPretrainConfig
 from gpt2_xla.script_config import (
     BenchConfig,
     BenchLoaderConfig,
+    ChaosConfig,
     DataBenchConfig,
     DoctorConfig,
     FinewebConfig,
@@ -12,6 +13,8 @@ from gpt2_xla.script_config import (
     InspectConfig,
     PlanConfig,
     PrepareConfig,
+    SavingBenchConfig,
+    VerifyRunConfig,
 )
 
 COMMANDS = {
@@ -23,7 +26,10 @@ COMMANDS = {
     "scripts/bench.py": BenchConfig,
     "scripts/bench_data.py": DataBenchConfig,
     "scripts/bench_loader.py": BenchLoaderConfig,
+    "scripts/bench_checkpoint.py": SavingBenchConfig,
     "scripts/inspect_data.py": InspectConfig,
+    "scripts/verify_run.py": VerifyRunConfig,
+    "scripts/chaos.py": ChaosConfig,
     "scripts/doctor.py": DoctorConfig,
     "scripts/plan_tpu.py": PlanConfig,
 }
@@ -36,7 +42,7 @@ def configuration_page() -> str:
         "",
         "Generated from `gpt2_xla/config.py` and `script_config.py` by `python scripts/write_configuration_md.py`; CI checks that it is up to date.",
         "",
-        "A value's strength, weakest first: its default, the checkpoint's saved configuration (`--resume`), the recipe, the",
+        "A value's strength, weakest first: its default, the checkpoint's saved configuration (on a resume), the recipe, the",
         "command line; in each of the two, `--preset` is weaker than the flags beside it. Booleans also take `--no-…`. `--recipe NAME` reads flags from `configs/NAME.flags`.",
         "",
         "## Presets",

@@ -137,6 +137,24 @@ class BenchConfig:
 
 
 @dataclass(frozen=True)
+class SavingBenchOptions:
+    """What to measure"""
+
+    saves: int = option(3, "saves to take the median of, after one that allocates memory")
+    train_batch_size: int = option(1, "sequences per step")
+    folder: str | None = option(None, "folder on the disk to measure; default: that of temporary files")
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option("auto", "device that holds the state")
+
+
+@dataclass(frozen=True)
+class SavingBenchConfig:
+    """Options of scripts/bench_checkpoint.py."""
+
+    model: ModelConfig = ModelConfig()
+    bench: SavingBenchOptions = SavingBenchOptions()
+
+
+@dataclass(frozen=True)
 class BenchLoaderConfig:
     """What to measure"""
 
@@ -152,7 +170,10 @@ class BenchLoaderConfig:
 class InspectConfig:
     """Inspecting data"""
 
-    data: str | None = option(None, "folder of token shards, such as data/pydoc/train; may stand without its flag")
+    data: str | None = option(
+        None,
+        "folder of token shards, such as data/pydoc/train, or a bad_batch-STEP.safetensors of a run; may stand without its flag",
+    )
     verify: bool = option(True, "compare the sha256 of every shard; --no-verify only lengths")
     samples: int = option(3, "documents to decode and print")
     top: int = option(25, "most frequent tokens to list")
@@ -164,6 +185,56 @@ class InspectConfig:
     )
     against_documents: int = option(100, "documents of --against to compare")
     text_column: str = option("text", "field of .jsonl and .parquet rows of --against that holds the text")
+
+
+@dataclass(frozen=True)
+class VerifyRunConfig:
+    """Verifying a run's data order"""
+
+    run: str | None = option(None, "run folder (a --checkpoints-dir); may stand without its flag")
+    train_dir: tuple[str, ...] = option(
+        (), "where the training data is now, as the training commands take it; default: where config.json says"
+    )
+    tokens: bool = option(
+        True,
+        "also read again what rank 0 read, and compare the hash of its tokens; --no-tokens only the windows' hashes",
+    )
+
+
+@dataclass(frozen=True)
+class ChaosConfig:
+    """Chaos"""
+
+    trials: int = option(10, "trials to run; trial number i has the seed --seed + i")
+    seed: int = option(0, "decides the faults and the moments of the first trial; --trials 1 repeats one of them")
+    runtimes: tuple[Literal["torch", "torchrun", "xla", "xla-replicas"], ...] = option(
+        ("torch",),
+        "what to hurt, in turns: run_pretrain.py alone, or two of it under torchrun; run_pretrain_xla.py on CPU, or with two replicas",
+    )
+    faults: tuple[
+        Literal[
+            "SIGKILL",
+            "SIGKILL-first",
+            "SIGTERM",
+            "SIGINT",
+            "SIGUSR1",
+            "preempt",
+            "truncate",
+            "flip",
+            "delete",
+            "full-disk",
+            "kill-replica",
+            "stop-replica",
+        ],
+        ...,
+    ] = option((), "faults to choose from; default: all. full-disk mounts a tmpfs, which needs root")
+    minutes: float = option(30.0, "time limit for all trials together; none begins after it")
+    trial_seconds: float = option(
+        150.0,
+        "time limit for a trial, or 15 times an uninterrupted run where that takes longer; what has not ended by then has failed, and is killed",
+    )
+    folder: str | None = option(None, "folder to work in; default: that of temporary files")
+    json: bool = option(False, "print the trials as JSON instead of a table; their lines go to standard error")
 
 
 @dataclass(frozen=True)
@@ -193,9 +264,13 @@ class PlanOptions:
     find_batch: bool = option(
         False, "find the largest --train-batch-size that fits each slice, by doubling and halving from the one given"
     )
+    find_settings: bool = option(
+        False,
+        "find, among those that make the step fit each slice, the --activation-checkpointing, --loss-chunk and --attention of the lowest bound, or else more micro-steps of fewer sequences; the sequences of a step stay, and so does what the command gives",
+    )
     compare: tuple[str, ...] = option(
         (),
-        "also plan the step with these options changed, and print a table: each value is NAME=VALUE words, as in loss-chunk=0 'num-heads=6 train-batch-size=128'",
+        "also plan the step with these options changed, and print a table: each value is NAME=VALUE words, as in reference loss-chunk=0 'num-heads=6 train-batch-size=128', or levers for all that changes memory and speed",
     )
     reference: bool = option(
         False,

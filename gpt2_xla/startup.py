@@ -4,29 +4,40 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from gpt2_xla import checkpoint, cli
-from gpt2_xla.config import PretrainConfig
+from gpt2_xla.config import PretrainConfig, RunConfig
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.manifest import Manifest
 from gpt2_xla.data.train_dirs import parse_train_dirs
 from gpt2_xla.errors import UserError
 from gpt2_xla.profiling import profile_mistakes
+from gpt2_xla.remote_checkpoints import newest_checkpoint, remote_mistakes
+from gpt2_xla.remote_store import address_mistakes, redacted
 from gpt2_xla.validation import config_mistakes
 
 Config = TypeVar("Config", bound=PretrainConfig)
-ASKED_ANEW = {"profile_steps": None}  # saved options that --resume does not take over
+ASKED_ANEW = {"profile_steps": None, "resume": "auto"}  # saved options that a resume does not take over
 
 
-def pretrain_config(
+@dataclass(frozen=True)
+class Start(Generic[Config]):
+    """What a training command asks for."""
+
+    config: Config
+    source: Path | None  # the checkpoint to continue from; None for a new run
+
+
+def pretrain_start(
     config_type: type[Config],
     argv: list[str],
     description: str,
     machine_mistakes: Callable[[Config], list[str]] = lambda _: [],
-) -> Config:
-    """The configuration of a training command; `run.from_checkpoint` names the checkpoint to continue from, or is None.
+) -> Start[Config]:
+    """The configuration of a training command, and the checkpoint that it continues from.
 
     Raises `UserError` with all mistakes of flags, recipe, saved configuration, data and machine together.
     """
@@ -34,56 +45,108 @@ def pretrain_config(
     parsed = cli.parse(config_type, argv, description, mistakes=mistakes)
     try:
         source = _checkpoint_to_continue(parsed)
-    except UserError as error:  # what follows depends on the checkpoint
-        raise UserError([*mistakes, *error.mistakes]) from error
+    except UserError as error:  # the data depends on the checkpoint; the options speak for themselves
+        own = config_mistakes(parsed.config, parsed.explicit)
+        raise UserError(list(dict.fromkeys([*mistakes, *error.mistakes, *own]))) from error
     if source is not None:
-        # The run's own options are the defaults now, so that --resume alone continues it.
+        # The run's own options are the defaults now, so that --checkpoints-dir alone continues it.
         state = checkpoint.read_state(source)
         saved = cli.replace_fields(cli.from_dict(config_type, state.config), ASKED_ANEW)
         parsed = cli.parse(config_type, argv, description, base=saved, mistakes=[])
         mistakes += _model_conflicts(parsed.config, saved, source)
         parsed = dataclasses.replace(parsed, config=_with_folder(parsed, source))
+        parsed = dataclasses.replace(parsed, config=_with_remote_dir(parsed, source))
         mistakes += [*_steps_mistakes(parsed.config, state.step), *profile_mistakes(parsed.config, state.step)]
-    mistakes += _folder_mistakes(parsed.config, source)
+    mistakes += [*_folder_mistakes(parsed.config, source), *_remote_mistakes(parsed.config, source)]
     config = _with_vocabulary(parsed.config, mistakes)
     mistakes += [*config_mistakes(config, parsed.explicit), *machine_mistakes(config)]
     if mistakes:
         raise UserError(list(dict.fromkeys(mistakes)))
-    return config
+    if source is not None and not config.run.do_test:
+        _say(f"resuming after step {state.step} of {config.run.train_steps} from {source}")
+    return Start(config, source)
 
 
 def _checkpoint_to_continue(parsed: cli.Parsed[Config]) -> Path | None:
-    """The checkpoint that --from-checkpoint, --resume or --do-test asks for; None for a new run."""
+    """The checkpoint that --resume, --from-checkpoint or --do-test asks for; None for a new run."""
     run = parsed.config.run
+    if mistakes := _address_mistakes(run):
+        raise UserError(mistakes)
+    folder = Path(run.checkpoints_dir)
     if run.from_checkpoint is not None:
-        if run.resume:
+        if run.resume == "must":
             raise UserError(
-                "--resume takes the newest checkpoint of --checkpoints-dir, --from-checkpoint a given one; use one of them"
+                "--resume must takes the newest checkpoint of --checkpoints-dir, --from-checkpoint a given one; use one of them"
             )
         try:
-            return checkpoint.resolve(run.from_checkpoint, _say, for_resume=True)
+            given = checkpoint.resolve(run.from_checkpoint, _say, for_resume=True)
         except UserError as error:
             raise UserError([f"--from-checkpoint {mistake}" for mistake in error.mistakes]) from error
-    folder = Path(run.checkpoints_dir)
-    if run.resume or run.do_test:
-        newest = checkpoint.newest_good(folder, _say)
-        if newest is None:
-            flag = "--resume" if run.resume else "--do-test"
-            raise UserError(f"{flag}: there is no good checkpoint in --checkpoints-dir {folder}")
-        return newest
-    return None
+        newest = None
+        if run.resume == "auto" and not run.do_test:
+            own = folder if "checkpoints_dir" in parsed.explicit else given.parent
+            newest = newest_checkpoint(own, run.remote_dir, _say)
+        return newest if newest is not None and _began_with(newest, run.from_checkpoint) else given
+    if run.resume == "never" and not run.do_test:
+        return None
+    newest = newest_checkpoint(folder, run.remote_dir, _say)
+    if newest is None and (run.do_test or run.resume == "must"):
+        flag = "--do-test" if run.do_test else "--resume must"
+        raise UserError(f"{flag}: there is no good checkpoint in --checkpoints-dir {folder}")
+    return newest
+
+
+def _began_with(newest: Path, from_checkpoint: str) -> bool:
+    """Whether the run that wrote checkpoint `newest` was begun with this --from-checkpoint."""
+    origin = checkpoint.read_state(newest).config.get("run", {}).get("from_checkpoint")
+    return origin is not None and Path(origin).resolve() == Path(from_checkpoint).resolve()
+
+
+def _is_own(config: PretrainConfig, source: Path | None) -> bool:
+    """Whether the run continues what is in its folder, and is no new one."""
+    return source is not None and source.parent.resolve() == Path(config.run.checkpoints_dir).resolve()
 
 
 def _folder_mistakes(config: PretrainConfig, source: Path | None) -> list[str]:
     """What forbids a run to write into its folder: the checkpoints of another run, which it would prune."""
     folder = Path(config.run.checkpoints_dir)
-    own = source is not None and source.parent.resolve() == folder.resolve()
-    if own or config.run.do_test or not (existing := checkpoint.checkpoints(folder)):
+    if _is_own(config, source) or config.run.do_test or not (existing := checkpoint.checkpoints(folder)):
         return []
+    if source is None and config.run.resume == "auto":
+        return [
+            f"--checkpoints-dir {folder} holds checkpoints, {existing[0].name} the newest, but all are damaged; "
+            "move them away to begin anew, or choose another folder"
+        ]
     return [
         f"--checkpoints-dir {folder} already holds {existing[0].name} of another run; "
-        "add --resume to continue it, or choose another folder"
+        f"{_in_the_way(source)} to continue that one, or choose another folder"
     ]
+
+
+def _in_the_way(source: Path | None) -> str:
+    """The flag that makes this another run than the one that is there already."""
+    return "leave --resume never out" if source is None else "leave --from-checkpoint out"
+
+
+def _address_mistakes(run: RunConfig) -> list[str]:
+    """An address where a folder belongs, or the other way round."""
+    mistakes = []
+    if "://" in run.checkpoints_dir:
+        mistakes.append(
+            f"--checkpoints-dir {redacted(run.checkpoints_dir)} is an address; checkpoints are written to a local folder "
+            "first: give one, and the address as --remote-dir beside it"
+        )
+    if run.remote_dir is not None:
+        mistakes += [f"--remote-dir {mistake}" for mistake in address_mistakes(run.remote_dir)]
+    return mistakes
+
+
+def _remote_mistakes(config: PretrainConfig, source: Path | None) -> list[str]:
+    """What forbids to copy checkpoints to --remote-dir. Only the process that will do so tries it."""
+    run = config.run
+    if run.remote_dir is None or run.do_test or os.environ.get("RANK", "0") != "0":
+        return []
+    return remote_mistakes(run.remote_dir, None if _is_own(config, source) else _in_the_way(source))
 
 
 def _steps_mistakes(config: PretrainConfig, done: int) -> list[str]:
@@ -100,11 +163,18 @@ def _say(text: str) -> None:
 
 
 def _with_folder(parsed: cli.Parsed[Config], source: Path) -> Config:
-    """The configuration with the checkpoint found, writing where the command says, else beside the checkpoint."""
-    run = dataclasses.replace(parsed.config.run, from_checkpoint=str(source))
-    if "checkpoints_dir" not in parsed.explicit:
-        run = dataclasses.replace(run, checkpoints_dir=str(source.parent))
+    """The configuration, writing where the command says, else beside the checkpoint found."""
+    if "checkpoints_dir" in parsed.explicit:
+        return parsed.config
+    run = dataclasses.replace(parsed.config.run, checkpoints_dir=str(source.parent))
     return dataclasses.replace(parsed.config, run=run)
+
+
+def _with_remote_dir(parsed: cli.Parsed[Config], source: Path) -> Config:
+    """The configuration without the remote folder of the checkpoint's run, unless it is this run's own."""
+    if "remote_dir" in parsed.explicit or _is_own(parsed.config, source):
+        return parsed.config
+    return dataclasses.replace(parsed.config, run=dataclasses.replace(parsed.config.run, remote_dir=None))
 
 
 def _model_conflicts(config: PretrainConfig, saved: PretrainConfig, source: Path) -> list[str]:

@@ -8,8 +8,10 @@ from gpt2_xla.data.training_set import TrainingSet
 from gpt2_xla.model import flops_per_token
 
 
-def summary(config: PretrainConfig, data: PretrainingData, parameters: int, machine: str, step: int) -> str:
-    """Model, data, schedule, machine and cost of a run, in words."""
+def summary(
+    config: PretrainConfig, data: PretrainingData, parameters: int, machine: str, step: int, source: Path | None
+) -> str:
+    """Model, data, schedule, machine and cost of a run at `step`, continued from checkpoint `source`, in words."""
     model, optim, run = config.model, config.optim, config.run
     flops = flops_per_token(model, parameters)
     tokens = run.train_steps * config.tokens_per_step
@@ -39,8 +41,8 @@ def summary(config: PretrainConfig, data: PretrainingData, parameters: int, mach
     ]
     if data.train is not None and len(data.train.sources) > 1:
         rows.insert(4, ("mixture", _mixture(data.train)))
-    if run.from_checkpoint:
-        rows.append(("checkpoint", str(Path(run.from_checkpoint))))
+    if source is not None:
+        rows.append(("checkpoint", str(source)))
     return "\n".join(f"  {name:<11} {text}" for name, text in rows)
 
 

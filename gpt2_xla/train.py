@@ -1,28 +1,32 @@
 """The loop: one for every device. What is special about a device is behind `Runtime`."""
 
-import json
 import math
+from collections.abc import Generator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from gpt2_xla import checkpoint, optim
-from gpt2_xla.config import PretrainConfig, to_dict
+from gpt2_xla import optim
+from gpt2_xla.config import PretrainConfig
 from gpt2_xla.data.pretraining import PretrainingData
 from gpt2_xla.errors import UserError
 from gpt2_xla.evaluate import evaluate
+from gpt2_xla.ledger import Ledger, open_ledger
 from gpt2_xla.metrics import Metrics, open_metrics
 from gpt2_xla.model import GPT, build_model, flops_per_token, parameter_count
 from gpt2_xla.profiling import StepProfile
+from gpt2_xla.run_folder import own_run_folder
 from gpt2_xla.runtime.base import Runtime
 from gpt2_xla.runtime.compile_watch import CompileWatch
+from gpt2_xla.saving import Saver, changed_order, restore
 from gpt2_xla.schedule import learning_rate
+from gpt2_xla.step_guard import StepGuard
 from gpt2_xla.summary import epochs_text, summary
 from gpt2_xla.training_log import TrainingLog
-
-TOKENIZER_FOLDER = "tokenizer"  # in the run folder: files of a Hugging Face tokenizer, copied into each checkpoint
+from gpt2_xla.watchdog import Phases, Unwatched, open_watchdog
 
 
 @dataclass
@@ -36,107 +40,134 @@ class Run:
     forward: nn.Module  # the model as the runtime wants it called
     optimizer: torch.optim.Optimizer
     metrics: Metrics = field(default_factory=lambda: Metrics([]))
+    ledger: Ledger = field(default_factory=Ledger)
+    source: Path | None = None  # the checkpoint that it began with
     step: int = 0  # optimizer steps done
     samples: int = 0  # sequences consumed
     saved_step: int = 0
+    validated: bool = False  # at this step
     best_valid_loss: float = math.inf
+    recent_losses: list[float] = field(default_factory=list)  # mean losses of the last log windows, for --spike-factor
+    phases: Phases = field(default_factory=Unwatched)
+    saver: Saver = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.config, self.runtime.rank, self.runtime.writers)
 
 
-def pretrain(config: PretrainConfig, runtime: Runtime) -> None:
-    """Train as configured, from the start or from `config.run.from_checkpoint`; or evaluate only (--do-test).
+def pretrain(config: PretrainConfig, runtime: Runtime, source: Path | None = None) -> None:
+    """Train as configured, from the start or from the checkpoint `source`; or evaluate only (--do-test).
 
     Raises `UserError` for data that does not fit the configuration.
     """
     data = PretrainingData.open(config, runtime.rank, runtime.world_size)
-    if runtime.rank == 0 and not config.run.do_test:
-        _prepare_run_folder(config, data)  # early: a folder that cannot be written shall not cost a compilation
-    run, wandb_id = start_run(config, runtime, data)
-    if config.run.do_test:
-        loss = validate(run)
-        if runtime.rank == 0:
-            print(f"{run.step} steps trained: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
-        return
-    run.metrics = open_metrics(config, run.step, runtime.rank, wandb_id)
+    writes = runtime.rank == 0 and not config.run.do_test
+    # Early: a folder that cannot be written shall not cost a compilation.
+    with own_run_folder(config, data) if writes else nullcontext():
+        _run(config, runtime, data, source)
+
+
+def _run(config: PretrainConfig, runtime: Runtime, data: PretrainingData, source: Path | None) -> None:
+    phases = open_watchdog(config, runtime)
     try:
-        train(run)
+        run, wandb_id = start_run(config, runtime, data, source, phases)
+        if config.run.do_test:
+            test(run)
+            return
+        run.metrics = open_metrics(config, run.step, runtime.rank, wandb_id)
+        try:
+            train(run)
+        finally:
+            run.saver.close()
+            run.ledger.close()
+            run.metrics.close()
     finally:
-        run.metrics.close()
+        phases.close()
 
 
-def start_run(config: PretrainConfig, runtime: Runtime, data: PretrainingData) -> tuple[Run, str | None]:
+def start_run(
+    config: PretrainConfig,
+    runtime: Runtime,
+    data: PretrainingData,
+    source: Path | None = None,
+    phases: Phases | None = None,
+) -> tuple[Run, str | None]:
     """Build model and optimizer, restore the checkpoint if there is one, print the summary; the run and its W&B id."""
     model = build_model(config.model, config.runtime.loss_chunk, config.run.seed, config.runtime.vocab_multiple)
-    source = Path(config.run.from_checkpoint) if config.run.from_checkpoint else None
-    if source:
-        checkpoint.load_weights(model, checkpoint.read_weights(source))
     forward = runtime.place(model)
     run = Run(config, runtime, data, model, forward, runtime.build_optimizer(model, config.optim))
+    run.phases, run.source = phases or run.phases, source
     wandb_id = restore(run, source) if source else None
+    if not runtime.agree_on(run.step):
+        raise UserError(
+            f"rank {runtime.rank} begins after step {run.step}, others after another one: all hosts must see the same "
+            f"--checkpoints-dir {config.run.checkpoints_dir}"
+        )
     if runtime.rank == 0:
-        print(summary(config, data, parameter_count(model), runtime.describe(), run.step), flush=True)
-    return run, wandb_id
-
-
-def restore(run: Run, source: Path) -> str | None:
-    """Take optimizer, scaler and position from a checkpoint; return its W&B run."""
-    state = checkpoint.read_state(source)
-    run.data.check_tokenizer(state.tokenizer, state.tokenizer_hash)
-    optim.load_named_state(run.model, run.optimizer, checkpoint.read_optimizer(source))
-    run.runtime.load_scaler_state(state.scaler)
-    run.step, run.samples, run.saved_step = state.step, state.samples, state.step
-    run.best_valid_loss = state.best_valid_loss if state.best_valid_loss is not None else math.inf
-    if run.runtime.rank == 0 and not run.config.run.do_test:
-        for difference in _changed_order(run, state):
+        for difference in changed_order(run, source) if source and not config.run.do_test else ():
             print(
                 f"note: {difference}; from step {run.step} on the run sees other batches than it would have", flush=True
             )
-    same_folder = source.parent.resolve() == Path(run.config.run.checkpoints_dir).resolve()
-    return state.wandb_id if same_folder else None  # a branch is a run of its own
+        print(summary(config, data, parameter_count(model), runtime.describe(), run.step, source), flush=True)
+    return run, wandb_id
 
 
 def train(run: Run) -> None:
     """Train until --train-steps, or until the runtime says to stop; save where due, at the end and on a stop.
 
-    A new run validates once before its first step: a loss far from ln V, or too large an evaluation batch, shows then.
+    A stop is heard before each step and each batch of a validation, which is then made up for after the resume.
     """
     config, runtime, total_steps = run.config, run.runtime, run.config.run.train_steps
     # Rank 0's counters stand for all: replicas run one and the same program.
     watch = CompileWatch(runtime, run.metrics.say, config.runtime.max_recompiles if runtime.rank == 0 else None)
-    if run.step == 0 and run.data.valid is not None and config.run.valid_interval:
-        validate(run)
+    if first_validation(run):
         watch.worked("validation", run.step)
+    if run.step >= total_steps and _validation_due(run) and not run.validated:
+        stop(run)
+        return
     if run.step >= total_steps:
         run.metrics.say(f"all {total_steps} steps are done; a larger --train-steps goes on")
+        run.saver.finish(run)
         return
     assert run.data.train is not None
-    runtime.watch_signals()
     flops = flops_per_token(config.model, parameter_count(run.model))
     log = TrainingLog(config, runtime, run.metrics, flops, run.data.train.epochs)
     profile = StepProfile(config, runtime, log, run.metrics)
-    batches = runtime.batches(run.data.training(run.samples, total_steps - run.step), rows_dim=1)
+    guard = StepGuard(run, log, watch)
+    run.ledger = open_ledger(config, run.data, run.step, run.samples, run.source, run.metrics.say)
+    batches = _batches(run)
     run.forward.train()
     stopped = False
     try:
-        while run.step < total_steps and not (stopped := runtime.should_stop(run.step)):
+        while run.step < total_steps and not (stopped := guard.verdict is not None or runtime.should_stop()):
+            run.saver.check()
             profile.before_step(run.step + 1)
+            run.phases.mark("data", run.step)
             batch = log.next_batch(batches)
+            run.phases.mark("step", run.step)
             values = train_step(run, batch)
             graph = runtime.graph_hash(values)
             log.add(values)
             runtime.end_step()
             run.step += 1
+            run.ledger.batch(run.step, run.samples)
             run.samples += config.sequences_per_step
+            run.validated = False
             watch.worked("training", run.step, batch, graph)
             log.step_done(run.step, run.samples)
             profile.after_step(run.step)
-            validate_now = run.data.valid is not None and _due(config.run.valid_interval, run.step, total_steps)
-            if validate_now or _due(config.run.save_interval, run.step, total_steps):
+            validate_now, save_now = _validation_due(run), _due(config.run.save_interval, run.step, total_steps)
+            if validate_now or save_now:
                 log.pause()
+            if guard.rolled_back(run.step if validate_now or save_now else run.step - 1):
+                batches.close()
+                batches = _batches(run)
+            elif validate_now or save_now:
                 loss = validate(run) if validate_now else None
                 if validate_now:
                     watch.worked("validation", run.step)
-                if _due(config.run.save_interval, run.step, total_steps) or loss == run.best_valid_loss:
-                    save(run, loss)
+                if save_now or loss == run.best_valid_loss:
+                    run.saver.save(run, loss)
                     watch.worked("saving", run.step)
                 log.resume()
     finally:
@@ -144,16 +175,18 @@ def train(run: Run) -> None:
         profile.close()
     log.pause()
     run.metrics.say(f"trained on {epochs_text(run.data.train.epochs(run.samples))}")
-    if stopped and run.step == 0:
-        run.metrics.say("stopped before the first step: there is nothing to save or to resume")
-    elif stopped:
-        if run.step > run.saved_step:
-            save(run, None)
-        run.metrics.say(f"stopped at step {run.step} of {total_steps}; the same command with --resume continues")
+    if stopped or (_validation_due(run) and not run.validated):
+        stop(run)
+    else:
+        run.saver.finish(run)
     if compiled := watch.summary():
         run.metrics.say(compiled)
     if stopped and watch.verdict:
-        raise UserError(f"{watch.verdict}; step {run.step} is saved, and --resume with a higher limit goes on from it")
+        raise UserError(
+            f"{watch.verdict}; step {run.step} is saved, and the same command with a higher limit goes on from it"
+        )
+    run.phases.mark("end", run.step)
+    guard.finish()
 
 
 def train_step(run: Run, batch: Tensor) -> Tensor:
@@ -173,14 +206,58 @@ def dropout_seed(seed: int, step: int) -> int:
     return (seed * 1_000_003 + step) * 4096 % 2**62
 
 
-def validate(run: Run) -> float:
-    """Validation loss now; recorded, and remembered if it is the best."""
-    loss = evaluate(run.forward, run.data.evaluation(), run.runtime)
+def first_validation(run: Run) -> bool:
+    """Whether a validation was made before this process's first step.
+
+    A new run validates at once: a loss far from ln V, or too large an evaluation batch, shows then. A resumed one makes
+    up for a validation that was due at its step, but stopped.
+    """
+    if run.step == 0:
+        return run.data.valid is not None and run.config.run.valid_interval > 0 and validate(run) is not None
+    if run.validated or not _validation_due(run):
+        return False
+    loss = validate(run)
+    if loss is not None:
+        run.saver.save(run, loss)
+    return loss is not None
+
+
+def validate(run: Run) -> float | None:
+    """Validation loss now; recorded, and remembered if it is the best. None, and no record, if a stop came before the end."""
+
+    def go_on() -> bool:
+        run.phases.mark("eval", run.step)
+        return not run.runtime.should_stop()
+
+    loss = evaluate(run.forward, run.data.evaluation(), run.runtime, go_on)
+    if loss is None:
+        return None
     best = loss < run.best_valid_loss
     if best:
         run.best_valid_loss = loss
+    run.validated = True
     run.metrics.write({"kind": "valid", "step": run.step, "loss": loss, "perplexity": perplexity(loss), "best": best})
     return loss
+
+
+def test(run: Run) -> None:
+    """Print the validation loss (--do-test)."""
+    loss = validate(run)
+    if loss is None:
+        raise UserError("stopped before all of --valid-dir was evaluated")
+    if run.runtime.rank == 0:
+        print(f"{run.step} steps trained: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
+
+
+def stop(run: Run) -> None:
+    """Save what is not saved yet, and say how to continue."""
+    if run.step == 0:
+        run.metrics.say("stopped before the first step: there is nothing to save; the same command begins anew")
+        return
+    if run.step > run.saved_step:
+        run.saver.save(run, None)
+    run.saver.finish(run)
+    run.metrics.say(f"stopped at step {run.step} of {run.config.run.train_steps}; the same command continues")
 
 
 def perplexity(loss: float) -> float:
@@ -188,37 +265,10 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
-def save(run: Run, valid_loss: float | None) -> None:
-    """Write a checkpoint of the current step on rank 0, then prune old ones."""
-    weights = run.runtime.to_host(dict(run.model.named_parameters()))
-    optimizer = run.runtime.to_host(optim.named_state(run.model, run.optimizer))
-    run.saved_step = run.step
-    if run.runtime.rank != 0:
-        return
-    manifest = run.data.manifest
-    state = checkpoint.TrainerState(
-        step=run.step,
-        samples=run.samples,
-        config=to_dict(run.config),
-        valid_loss=valid_loss if valid_loss is not None and math.isfinite(valid_loss) else None,
-        best_valid_loss=run.best_valid_loss if math.isfinite(run.best_valid_loss) else None,
-        data_fingerprint=run.data.fingerprint,
-        tokenizer=manifest.tokenizer,
-        tokenizer_hash=manifest.tokenizer_hash,
-        scaler=run.runtime.scaler_state(),
-        wandb_id=run.metrics.wandb_id,
-    )
-    folder = Path(run.config.run.checkpoints_dir)
-    tokenizer_files = folder / TOKENIZER_FOLDER
-    checkpoint.save(
-        folder,
-        state,
-        weights,
-        optimizer,
-        end_of_text=manifest.end_of_text,
-        tokenizer_files=tokenizer_files if tokenizer_files.is_dir() else None,
-    )
-    checkpoint.prune(folder, run.config.run.saved_checkpoint_limit)
+def _batches(run: Run) -> Generator[Tensor, None, None]:
+    """The batches of all steps to come, from the run's position in the data on."""
+    first, steps = run.samples, run.config.run.train_steps - run.step
+    return run.runtime.batches(run.ledger.follow(run.data.training(first, steps), first), rows_dim=1)
 
 
 def _due(interval: int, step: int, total_steps: int) -> bool:
@@ -226,23 +276,6 @@ def _due(interval: int, step: int, total_steps: int) -> bool:
     return step == total_steps or (interval > 0 and step % interval == 0)
 
 
-def _changed_order(run: Run, state: checkpoint.TrainerState) -> list[str]:
-    """What differs from the checkpoint's run in the things that decide the batches to come."""
-    saved, config = state.config, run.config
-    pairs = [
-        ("the training data", state.data_fingerprint, run.data.fingerprint),
-        ("--seed", saved.get("run", {}).get("seed"), config.run.seed),
-        ("--shuffle", saved.get("data", {}).get("shuffle"), config.data.shuffle),
-    ]
-    return [f"{name} is not the checkpoint's" for name, before, now in pairs if before is not None and before != now]
-
-
-def _prepare_run_folder(config: PretrainConfig, data: PretrainingData) -> None:
-    """Create the run folder with its config.json; raises `UserError` if it cannot be written."""
-    folder = Path(config.run.checkpoints_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
-        data.save_tokenizer(folder / TOKENIZER_FOLDER)
-    except OSError as error:
-        raise UserError(f"--checkpoints-dir {folder} cannot be written: {error.strerror or error}") from error
+def _validation_due(run: Run) -> bool:
+    """Whether the validation loss after the current step is wanted."""
+    return run.data.valid is not None and _due(run.config.run.valid_interval, run.step, run.config.run.train_steps)

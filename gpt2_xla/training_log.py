@@ -1,5 +1,6 @@
 """Training metrics between two log steps: summed on the device, fetched late, timed without waiting."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,8 +10,21 @@ from torch import Tensor
 
 from gpt2_xla.config import PretrainConfig
 from gpt2_xla.metrics import Metrics
+from gpt2_xla.optim import not_finite
 from gpt2_xla.runtime.base import Runtime
 from gpt2_xla.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the device said of the steps between two log steps; the same on every replica."""
+
+    step: int  # the last one
+    steps: int
+    samples: int  # sequences consumed by then
+    loss: float  # mean over the steps that were not skipped; NaN where all were
+    skipped: int  # steps whose loss or gradients were not finite
+    skipped_in_a_row: int  # up to and including the last one, also of windows before
 
 
 @dataclass(frozen=True)
@@ -39,9 +53,13 @@ class TrainingLog:
         self._flops_per_token = flops_per_token
         self._epochs = epochs
         # Copied, not computed, and never written to: a sum that starts from it is one and the same graph every time.
-        self._zero = torch.zeros(2).to(runtime.device)
-        self._sum, self._steps, self._input_wait = self._zero, 0, 0.0
+        self._zero = torch.zeros(3).to(runtime.device)
+        self._sums, self._steps, self._input_wait = self._zero, 0, 0.0  # sums of loss, gradient norm, steps skipped
+        self._none_skipped = torch.zeros(1).to(runtime.device)
+        self._skipped_in_a_row = self._none_skipped
+        self._report = self._zero
         self._pending: _Pending | None = None
+        self._read: list[Window] = []
         self._started = time.perf_counter()
 
     def next_batch(self, batches: Iterator[Tensor]) -> Tensor:
@@ -52,8 +70,12 @@ class TrainingLog:
         return batch
 
     def add(self, values: Tensor) -> None:
-        """Add a step's [loss, gradient norm]; queued with the step's work."""
-        self._sum = self._sum + values
+        """Add a step's [loss, gradient norm], unless the step was skipped; queued with the step's work."""
+        skipped = not_finite(values).unsqueeze(0)
+        counted = torch.where(skipped > 0, torch.zeros_like(values), values)  # a product with 0 would still be NaN
+        self._sums = self._sums + torch.cat([counted, skipped])
+        self._skipped_in_a_row = (self._skipped_in_a_row + skipped) * skipped
+        self._report = torch.cat([self._sums, self._skipped_in_a_row])
 
     def step_done(self, step: int, samples: int) -> None:
         """Call when optimizer step number `step` (counted from 1) has been launched, `samples` sequences into the run."""
@@ -61,9 +83,26 @@ class TrainingLog:
         self._steps += 1
         self._metrics.advance(step)
         if step % self._config.logging.log_interval == 0 or step == self._config.run.train_steps:
-            read = self._runtime.fetch_later(self._sum)
+            read = self._runtime.fetch_later(self._report)
             self._pending = _Pending(step, self._steps, samples, read, self._input_wait)
-            self._sum, self._steps, self._input_wait = self._zero, 0, 0.0
+            self._sums, self._steps, self._input_wait = self._zero, 0, 0.0
+
+    def windows(self, last_step: int) -> list[Window]:
+        """The windows that ended by `last_step` and were not asked for yet.
+
+        All replicas have read a window when they have launched the step after it, or called pause(). Some read it earlier,
+        so that decisions which all shall take at once must ask for no later step than that.
+        """
+        found = [window for window in self._read if window.step <= last_step]
+        self._read = self._read[len(found) :]
+        return found
+
+    def restart(self) -> None:
+        """Forget all steps since the last window: the run goes on elsewhere."""
+        self._sums, self._steps, self._input_wait = self._zero, 0, 0.0
+        self._skipped_in_a_row = self._none_skipped
+        self._pending, self._read = None, []
+        self._started = time.perf_counter()
 
     def pause(self) -> None:
         """Write what is pending, before work that is no training (validation, saving)."""
@@ -78,7 +117,10 @@ class TrainingLog:
         if self._pending is None:
             return
         window, self._pending = self._pending, None
-        loss, norm = (total / window.steps for total in window.read())
+        loss, norm, skipped, in_a_row = window.read()
+        good = window.steps - int(skipped)
+        loss, norm = (loss / good, norm / good) if good else (math.nan, math.nan)
+        self._read.append(Window(window.step, window.steps, window.samples, loss, int(skipped), int(in_a_row)))
         now = time.perf_counter()
         seconds, self._started = now - self._started, now
         config = self._config
@@ -91,6 +133,7 @@ class TrainingLog:
                 "step": window.step,
                 "loss": loss,
                 "grad_norm": norm,
+                "skipped_steps": int(skipped),
                 "learning_rate": learning_rate(window.step - 1, config.optim, config.run.train_steps),
                 "tokens": window.samples * config.model.seq_length,
                 "tokens_per_second": tokens_per_second,

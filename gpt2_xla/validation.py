@@ -69,7 +69,9 @@ def _range_mistakes(config: PretrainConfig) -> list[str]:
         "--min-lr": optim.min_lr,
         "--loss-chunk": config.runtime.loss_chunk,
         "--seed": run.seed,
+        "--hang-timeout": run.hang_timeout,
         "--max-recompiles": config.runtime.max_recompiles or 0,
+        "--max-skipped-steps": run.max_skipped_steps,
     }
     mistakes = [f"{flag} {value} must be at least 1" for flag, value in at_least_one.items() if value < 1]
     mistakes += [
@@ -81,6 +83,8 @@ def _range_mistakes(config: PretrainConfig) -> list[str]:
         mistakes.append(f"--dropout {model.dropout} must be at least 0 and below 1")
     if not all(0 <= beta < 1 for beta in optim.betas):
         mistakes.append(f"--betas {optim.betas[0]} {optim.betas[1]}: each must be at least 0 and below 1")
+    if run.spike_factor is not None and not 1 < run.spike_factor < math.inf:
+        mistakes.append(f"--spike-factor {run.spike_factor} must be a number above 1, such as 1.5")
     if not 0 < optim.learning_rate < math.inf:
         mistakes.append(f"--learning-rate {optim.learning_rate} must be a number above 0")
     return mistakes
@@ -90,7 +94,7 @@ def _model_mistakes(config: PretrainConfig) -> list[str]:
     width, heads = config.model.d_model, config.model.num_heads
     if width < 1 or heads < 1 or width % heads == 0:
         return []
-    fits = [n for n in range(1, width + 1) if width % n == 0]
+    fits = [n for n in range(1, min(width, 2**16) + 1) if width % n == 0]
     nearest = min(fits, key=lambda n: abs(n - heads))
     return [f"--d-model {width} is not divisible by --num-heads {heads}; use --num-heads {nearest}, for example"]
 
@@ -125,6 +129,12 @@ def _logging_mistakes(config: PretrainConfig) -> list[str]:
 def _precision_mistakes(config: PretrainConfig) -> list[str]:
     if isinstance(config.runtime, XlaConfig) and config.runtime.mixed_precision == "fp16":
         return ["--mixed-precision fp16 is not supported on XLA devices; use --mixed-precision bf16 or no"]
+    runtime = config.runtime
+    if runtime.residual_precision == "bf16" and runtime.mixed_precision != "bf16":
+        return [
+            f"--residual-precision bf16 needs --mixed-precision bf16, but that is {runtime.mixed_precision}; "
+            "leave --residual-precision out"
+        ]
     return []
 
 

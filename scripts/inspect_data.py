@@ -19,6 +19,11 @@ def main() -> None:
     config = parse(InspectConfig, argv, description).config
     if config.data is None:
         raise UserError("no folder was named: python scripts/inspect_data.py DIR, for example data/pydoc/train")
+    if Path(config.data).is_file():
+        from gpt2_xla.bad_batches import describe_bad_batch
+
+        print(describe_bad_batch(Path(config.data), config.tokenizer))
+        return
     from gpt2_xla.data.inspection import inspect
 
     report, picture = inspect(config, Path(config.data))

@@ -27,8 +27,8 @@ kill -TERM $trainer 2>/dev/null || true
 wait $trainer
 trap - EXIT
 
-step "4. Resume it: the same command with --resume"
-python run_pretrain.py --recipe quickstart "$@" --resume
+step "4. Resume it: the same command"
+python run_pretrain.py --recipe quickstart "$@"
 
 step "5. The result"
 python - "$RUN/metrics.jsonl" <<'PY'

@@ -20,7 +20,9 @@ from gpt2_xla.data.pretraining import PretrainingData
 from gpt2_xla.model import build_model
 from gpt2_xla.runtime.xla_shards import put_together, shard_bytes, tiles
 from gpt2_xla.runtime.xla_spmd_runtime import XlaSpmdRuntime
-from gpt2_xla.train import Run, save, train_step, validate
+from gpt2_xla.shares import by_name
+from gpt2_xla.shares import put_together as together
+from gpt2_xla.train import Run, train_step, validate
 from gpt2_xla.training_log import TrainingLog
 
 
@@ -62,7 +64,8 @@ def main(data_dir, mesh):
     before = counters()
     report["steps"] = steps(10)
     validate(run)
-    save(run, None)
+    run.saver.save(run, None)
+    run.saver.wait()
     steps(1)
     report["compiles_after_warm_up"] = counters()["CompileTime"] - before["CompileTime"]
 
@@ -77,12 +80,16 @@ def main(data_dir, mesh):
 def as_several_hosts(runtime, weight):
     """Whether the ways that only several hosts go, each of which holds a part, come to the same on one."""
     here = put_together(weight.detach())
-    runtime.world_size = 2
+    runtime.world_size = runtime.writers = 2
     batch = torch.arange(3 * 8 * 5).view(3, 8, 5)
     (sent,) = runtime.batches(iter([batch]), rows_dim=1)
     runtime.end_step()
-    found = runtime.to_host({"weight": weight, "batch": sent})
-    return {"gathered_alike": torch.equal(found["weight"], here), "sent_alike": torch.equal(found["batch"], batch)}
+    found = by_name(runtime.to_host({"weight": weight, "batch": sent}, {}))
+    cut = len(found["weight"]) == 4 and sum(share.data.numel() for share in found["weight"]) == weight.numel()
+    return {
+        "cut_alike": cut and torch.equal(together(found["weight"]), here),
+        "sent_alike": torch.equal(together(found["batch"]), batch),
+    }
 
 
 if __name__ == "__main__":

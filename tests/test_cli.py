@@ -138,7 +138,8 @@ def test_numbers_lists_and_equals_signs_are_read():
         (["--train-steps", "1.5"], "--train-steps 1.5 is not a whole number"),
         (["--min-lr", "small"], "--min-lr small is not a number"),
         (["--betas", "0.9"], "--betas takes 2 values, got 1: 0.9"),
-        (["--resume=yes"], "--resume"),
+        (["--resume"], "--resume needs a value: one of auto, must, never"),
+        (["--do-test=yes"], "--do-test"),
         (["gpt2"], "unexpected argument 'gpt2'; every option is a --flag"),
     ],
 )

@@ -318,7 +318,7 @@ def test_a_damaged_checkpoint_is_told_with_the_one_to_fall_back_to(run_folder):
         found = by_name(folder_findings(config))["checkpoint"]
         assert found.state == state
         assert "step-00000004 is damaged: " in found.text
-        assert ("--resume continues from step-00000002" in found.text) == (step == 4)
+        assert ("a resume continues from step-00000002" in found.text) == (step == 4)
 
 
 def test_data_that_is_not_there_or_has_changed_is_told(data, tmp_path):

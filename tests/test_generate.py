@@ -18,6 +18,7 @@ from gpt2_xla.config import ModelConfig, PretrainConfig, to_dict
 from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
 from gpt2_xla.script_config import GenerateConfig
+from gpt2_xla.shares import whole_shares
 from gpt2_xla.tokenizer import ByteTokenizer
 
 torch.set_num_threads(1)  # see test_sampling.py
@@ -38,7 +39,7 @@ def make_run(run_dir: Path, model_config: ModelConfig = MODEL, **state) -> Path:
         model.lm_head.weight[32:127, 0] = 1.0
     config = to_dict(PretrainConfig(model=model_config))
     recorded = {"tokenizer": "bytes", "tokenizer_hash": ByteTokenizer.hash} | state
-    checkpoint.save(run_dir, TrainerState(10, 80, config, **recorded), model.state_dict(), {}, 256)
+    checkpoint.save(run_dir, TrainerState(10, 80, config, **recorded), whole_shares(model.state_dict()), [], 256)
     return run_dir
 
 
@@ -146,7 +147,7 @@ def test_generation_ends_at_end_of_text(tmp_path, capsys):
     path = checkpoint.resolve(str(folder))
     weights = {name: value.clone() for name, value in checkpoint.read_weights(path).items()}
     weights["lm_head.weight"][256, 0] = 2.0  # end-of-text wins everywhere
-    checkpoint.save(folder, checkpoint.read_state(path), weights, {}, 256)
+    checkpoint.save(folder, checkpoint.read_state(path), whole_shares(weights), [], 256)
     run(folder, "the end")
     assert capsys.readouterr().out == "the end\n"
 
@@ -164,7 +165,7 @@ def test_the_tokenizer_saved_in_the_checkpoint_is_the_default(tmp_path, capsys):
     model.initialize(0)
     # Recorded under a path that is gone by now.
     state = TrainerState(1, 1, to_dict(PretrainConfig(model=MODEL)), tokenizer="/gone/tokenizer.json")
-    checkpoint.save(tmp_path / "run", state, model.state_dict(), {}, 8, files)
+    checkpoint.save(tmp_path / "run", state, whole_shares(model.state_dict()), [], 8, files)
     run(tmp_path / "run", "abba", max_new_tokens=20, temperature=5.0)
     # Ids from 9 on have no text in this vocabulary: they are never drawn.
     assert re.fullmatch(r"abba[a-h]{0,20}\n", capsys.readouterr().out)
@@ -202,7 +203,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path, cap
     [
         (lambda p: p.write_text("{"), "not valid JSON"),
         (lambda p: p.write_text(json.dumps({"model_type": "bert"})), "model_type is 'bert'"),
-        (lambda p: p.write_text(json.dumps(json.loads(p.read_text()) | {"n_embd": 64})), "the model's is"),
+        (
+            lambda p: p.write_text(json.dumps(json.loads(p.read_text()) | {"n_embd": 64})),
+            r"tells of a wte.weight of \(257, 64\); that in",
+        ),
     ],
 )
 def test_a_hugging_face_folder_that_we_cannot_run_is_explained(run_dir, tmp_path, harm, says):

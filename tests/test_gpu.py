@@ -72,7 +72,7 @@ def test_fp16_resumes_with_its_scaler(tmp_path, text_data):
     run(*TRAIN, *flags, "--checkpoints-dir", tmp_path)
     state = json.loads((tmp_path / "step-00000060" / "trainer_state" / "state.json").read_text())
     assert state["scaler"]["scale"] > 1
-    run(*TRAIN, "--resume", "--checkpoints-dir", tmp_path, "--train-steps", "70")
+    run(*TRAIN, "--checkpoints-dir", tmp_path, "--train-steps", "70")
     assert len(records(tmp_path)) == 70
 
 

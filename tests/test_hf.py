@@ -11,6 +11,7 @@ from gpt2_xla.checkpoint import TrainerState
 from gpt2_xla.config import PRESETS, ModelConfig, PretrainConfig, to_dict
 from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT, parameter_count
+from gpt2_xla.shares import whole_shares
 
 SMALL = {"vocab_size": 97, "seq_length": 24, "d_model": 32, "num_layers": 3, "num_heads": 4, "dropout": 0.0}
 
@@ -27,7 +28,7 @@ def random_model(**changes) -> GPT:
 
 def save(model: GPT, folder, end_of_text=96):
     state = TrainerState(step=1, samples=1, config=to_dict(PretrainConfig(model=model.config)))
-    return checkpoint.save(folder, state, model.state_dict(), {}, end_of_text)
+    return checkpoint.save(folder, state, whole_shares(model.state_dict()), [], end_of_text)
 
 
 @pytest.mark.parametrize(

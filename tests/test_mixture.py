@@ -246,14 +246,14 @@ def test_a_mixed_run_resumes_bit_for_bit_and_tells_of_other_weights(
 ) -> None:
     for name in ("same", "other"):
         shutil.copytree(uninterrupted / "step-00000015", tmp_path / name / "step-00000015")
-    output = run(*TRAIN, "--resume", "--checkpoints-dir", tmp_path / "same")
+    output = run(*TRAIN, "--checkpoints-dir", tmp_path / "same")
     assert "note:" not in output
     for file in ("model.safetensors", "trainer_state/optimizer.safetensors"):
         ours, theirs = (folder / "step-00000040" / file for folder in (tmp_path / "same", uninterrupted))
         assert ours.read_bytes() == theirs.read_bytes()
     assert losses(tmp_path / "same") == losses(uninterrupted)[15:]
     changed = [entry.replace(":0.7", ":0.8") for entry in two_sources]
-    output = run(*TRAIN, "--resume", "--checkpoints-dir", tmp_path / "other", *changed, "--train-steps", "16")
+    output = run(*TRAIN, "--checkpoints-dir", tmp_path / "other", *changed, "--train-steps", "16")
     assert "note: the training data is not the checkpoint's; from step 15 on" in output
 
 

@@ -111,8 +111,9 @@ def test_state_moves_between_implementations_by_name(from_fused, to_fused):
     second.load_state_dict(first.state_dict())
     second_optimizer = optim.build_torch_optimizer(second, OPTIONS, fused=to_fused)
     optim.prime_state(second, second_optimizer)
-    optim.load_named_state(second, second_optimizer, saved)
     loaded = optim.named_state(second, second_optimizer)
+    for name, value in loaded.items():  # what checkpoint.load_optimizer does
+        value.copy_(saved[name])
     assert loaded.keys() == saved.keys()
     assert all(torch.equal(loaded[name], saved[name]) for name in saved)
     assert not any(loaded[name].data_ptr() == saved[name].data_ptr() for name in saved)
@@ -131,16 +132,6 @@ def test_state_names_are_those_of_the_weights():
     optim.prime_state(model, optimizer)
     expected = {f"{kind}.{name}" for name, _ in model.named_parameters() for kind in ("step", "exp_avg", "exp_avg_sq")}
     assert optim.named_state(model, optimizer).keys() == expected
-
-
-def test_a_missing_state_is_noticed():
-    model = build_model(TINY, 0, seed=0)
-    optimizer = optim.build_torch_optimizer(model, OPTIONS, fused=False)
-    optim.prime_state(model, optimizer)
-    saved = dict(optim.named_state(model, optimizer))
-    del saved["exp_avg.wpe.weight"]
-    with pytest.raises(KeyError, match=r"exp_avg\.wpe\.weight"):
-        optim.load_named_state(model, optimizer, saved)
 
 
 def test_the_learning_rate_is_set_in_every_group():

@@ -238,9 +238,20 @@ def test_addresses_are_read_through_fsspec(tmp_path: Path, monkeypatch: pytest.M
         out = tmp_path / f"out{workers}"
         prepare.prepare_text(text_config(f"file://{tmp_path / 'in'}", out, num_workers=workers))
         assert tokens_of(out / "train") == stream
-    for url, said in (("s3://bucket/x", "pip install s3fs"), ("gopher://x", "unknown kind of address gopher://")):
+    for url, said in (("gs://bucket/x", "pip install gcsfs"), ("gopher://x", "unknown kind of address gopher://")):
         with pytest.raises(UserError, match=said):
             prepare.prepare_text(text_config(url, tmp_path / "out3"))
+
+
+def test_a_store_without_credentials_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("s3fs", reason="the package for s3:// is missing")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"s3://bucket/x can't be read from s3://bucket .*credentials"):
+        prepare.prepare_text(text_config("s3://bucket/x", tmp_path / "out"))
 
 
 def test_lone_surrogates_in_parquet_are_replaced_and_other_bad_utf8_is_named(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_resume_does_not_profile_again_unless_asked_to(pretrain, text_data, tmp_
     folder = tmp_path / "run"
     flags = (*FOUR_STEPS, *data_flags(text_data), "--checkpoints-dir", folder)
     assert pretrain(*flags, "--profile-steps", "3:4")[0] == 0
-    resume = ("--resume", "--checkpoints-dir", folder, "--train-steps", "6")
+    resume = ("--checkpoints-dir", folder, "--train-steps", "6")
     status, printed = pretrain(*resume, "--profile-steps", "4:5")
     assert (status, printed) == (
         2,

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -25,14 +26,14 @@ def board():
 
 
 def steps_until_stop(path: Path, request_at: int | None, meeting) -> int:
-    """Enter steps as a training replica does; the number of the step that it stopped before.
+    """Poll before each step as a training replica does; the number of the step that it stopped before.
 
     Like the collectives of training, the barrier `meeting` breaks if one replica goes on without another.
     """
     board = ReplicaBoard(path)
     try:
         for step in range(LAST_STEP):
-            if board.enter_step(step):
+            if board.poll():
                 return step
             if step == request_at:
                 board.request_stop()
@@ -48,26 +49,26 @@ def replica_process(paths: list[Path], requests: list[int | None], meeting, resu
 
 
 def test_nobody_stops_unasked(board):
-    assert [board.enter_step(step) for step in range(100)] == [False] * 100
+    assert [board.poll() for _ in range(100)] == [False] * 100
 
 
-def test_a_stop_comes_at_the_first_step_that_no_replica_has_entered(board):
+def test_a_stop_comes_at_the_first_poll_that_no_replica_has_made(board):
     fast, slow = ReplicaBoard(board.path), ReplicaBoard(board.path)
-    assert not any(fast.enter_step(step) for step in range(8))
-    assert not any(slow.enter_step(step) for step in range(5))
+    assert not any(fast.poll() for _ in range(8))
+    assert not any(slow.poll() for _ in range(5))
     board.request_stop()
-    assert fast.enter_step(8)
-    assert [slow.enter_step(step) for step in range(5, 9)] == [False, False, False, True]
+    assert fast.poll()
+    assert [slow.poll() for _ in range(5, 9)] == [False, False, False, True]
     board.request_stop()  # asking again changes nothing
-    assert fast.enter_step(8)
-    assert not fast.enter_step(7)
+    assert fast.poll()
+    assert slow.poll()
     fast.close()
     slow.close()
 
 
-def test_a_stop_before_the_first_step_is_heard(board):
+def test_a_stop_before_the_first_poll_is_heard(board):
     board.request_stop()
-    assert board.enter_step(0)
+    assert board.poll()
 
 
 def test_threads_all_stop_before_the_same_step_in_many_random_trials():
@@ -159,3 +160,16 @@ def test_removing_a_board_leaves_nothing():
     board.report_failure(RuntimeError("x"))
     board.remove()
     assert not board.path.parent.exists()
+
+
+def test_the_next_board_sweeps_those_of_killed_runs_and_no_other(board, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    alive, left, young = ReplicaBoard.create(), tmp_path / "gpt2_xla-left", tmp_path / "gpt2_xla-young"
+    for folder in (left, young):
+        folder.mkdir()
+        (folder / "board").write_bytes(b"\0" * 16)
+    for folder in (left, alive.path.parent):
+        os.utime(folder, (1e9, 1e9))
+    ReplicaBoard.create().remove()
+    assert sorted(tmp_path.iterdir()) == sorted([alive.path.parent, young])
+    alive.remove()

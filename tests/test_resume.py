@@ -20,6 +20,9 @@ from commands import (
     wait_for_step,
     xla_replicas,
 )
+from small_runs import run_here
+
+import run_pretrain
 
 # 64 × 32 tokens a step: an epoch of the 40,000 tokens ends every 19 steps, so each run crosses several.
 FLAGS = [*TINY, "--train-batch-size", "64", "--dropout", "0.1", "--train-steps", "60", "--warmup-steps", "10"]
@@ -46,15 +49,34 @@ def uninterrupted(tmp_path_factory, text_data):
 
 def test_resume_from_a_crash_is_bit_for_bit(tmp_path, uninterrupted):
     shutil.copytree(uninterrupted / "step-00000025", tmp_path / "step-00000025")
-    output = run(*TRAIN, "--resume", "--checkpoints-dir", tmp_path)  # every other option is the checkpoint's
+    output = run(*TRAIN, "--checkpoints-dir", tmp_path)  # every other option is the checkpoint's
     assert "continuing at 25" in output
     assert final_bytes(tmp_path) == final_bytes(uninterrupted)
     assert losses(tmp_path) == losses(uninterrupted)[25:]
 
 
+def test_interrupted_in_warm_up_and_in_the_fall_of_a_trapezoid_is_bit_for_bit(tmp_path, monkeypatch, text_data):
+    # Epochs end within steps 19 and 38, warm-up with step 10, the fall begins with step 40.
+    flags = [*FLAGS, "--decay-method", "trapezoid", "--decay-steps", "20", "--save-interval", "7"]
+    whole, twice = tmp_path / "whole", tmp_path / "twice"
+
+    def train(*arguments):
+        assert run_here(monkeypatch, run_pretrain.main, *arguments) == 0
+
+    train(*flags, "--train-dir", text_data / "train", "--checkpoints-dir", whole)
+    train(*flags, "--train-dir", text_data / "train", "--checkpoints-dir", twice, "--saved-checkpoint-limit", "99")
+    for last in (7, 42):
+        for folder in twice.glob("step-*"):
+            if int(folder.name[5:]) > last:
+                shutil.rmtree(folder)
+        train("--checkpoints-dir", twice)
+    assert final_bytes(twice) == final_bytes(whole)
+    assert losses(twice) == [*losses(whole), *losses(whole)[7:], *losses(whole)[42:]]
+
+
 def test_resume_tells_when_the_batches_to_come_are_others(tmp_path, uninterrupted):
     shutil.copytree(uninterrupted / "step-00000050", tmp_path / "step-00000050")
-    output = run(*TRAIN, "--resume", "--checkpoints-dir", tmp_path, "--seed", "7", "--no-shuffle")
+    output = run(*TRAIN, "--checkpoints-dir", tmp_path, "--seed", "7", "--no-shuffle")
     assert "note: --seed is not the checkpoint's; from step 50 on" in output
     assert "note: --shuffle is not the checkpoint's; from step 50 on" in output
     assert "training data is not" not in output
@@ -77,7 +99,7 @@ def test_a_signal_saves_and_exits_cleanly_and_resume_is_bit_for_bit(number, tmp_
     assert "Traceback" not in output
     (saved,) = checkpoints(tmp_path)
     assert f"stopped at step {int(saved[5:])} of 60" in output
-    run(*command, "--resume")
+    run(*command)
     assert final_bytes(tmp_path) == final_bytes(uninterrupted)
 
 
@@ -90,13 +112,30 @@ def test_torchrun_stops_at_one_step_and_continues_with_another_number_of_process
     output = finish(process)
     assert "stopped at step" in output
     assert len(checkpoints(tmp_path / "two")) == 1
-    run(*TRAIN, *flags, "--checkpoints-dir", tmp_path / "two", "--resume")
+    run(*TRAIN, *flags, "--checkpoints-dir", tmp_path / "two")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind", ["gloo", pytest.param("xla", marks=pytest.mark.xla)], ids=["1 to 4 to 2", "1 to XLA replicas"]
+)
+def test_a_checkpoint_goes_from_any_number_of_processes_to_any(kind, tmp_path, text_data):
+    """Losses differ from those of one process by the order of float32 sums alone: measured below 1e-6."""
+    flags = [*TINY, *data_flags(text_data), "--train-steps", "15", "--save-interval", "5"]
+    run(*TRAIN, *flags, "--checkpoints-dir", tmp_path / "one")
+    expected, source = losses(tmp_path / "one"), "one"
+    hops = [(torchrun(4), 5), (torchrun(2), 10)] if kind == "gloo" else [(xla_replicas(2), 5)]
+    for hop, (command, step) in enumerate(hops):
+        saved, target = f"step-{step:08d}", f"hop{hop}"
+        shutil.copytree(tmp_path / source / saved, tmp_path / target / saved)
+        run(*command, "--checkpoints-dir", tmp_path / target)
+        assert losses(tmp_path / target) == pytest.approx(expected[step:], abs=1e-5)
+        source = target
 
 
 def test_a_finished_run_resumed_trains_nothing_more(uninterrupted, tmp_path):
     folder = shutil.copytree(uninterrupted, tmp_path / "run")
-    output = run(*TRAIN, "--resume", "--checkpoints-dir", folder)
+    output = run(*TRAIN, "--checkpoints-dir", folder)
     assert "all 60 steps are done" in output
     assert losses(folder) == losses(uninterrupted)
     assert final_bytes(folder) == final_bytes(uninterrupted)
@@ -126,12 +165,17 @@ def test_xla_replicas_stop_at_one_step_and_leave_no_child(tmp_path, text_data):
 
 @pytest.mark.xla
 def test_xla_resumes_bit_for_bit_and_torch_continues_its_checkpoint(tmp_path, text_data):
-    flags = [*TINY, *data_flags(text_data), "--train-steps", "60", "--save-interval", "30"]
+    flags = [*TINY, *data_flags(text_data), "--train-steps", "60", "--save-interval", "20", "--max-recompiles", "0"]
     run(*TRAIN_XLA, *flags, "--checkpoints-dir", tmp_path / "whole")
-    for name, command in (("xla", TRAIN_XLA), ("torch", TRAIN)):
-        shutil.copytree(tmp_path / "whole" / "step-00000030", tmp_path / name / "step-00000030")
-        run(*command, "--resume", "--checkpoints-dir", tmp_path / name)
-    assert final_bytes(tmp_path / "xla") == final_bytes(tmp_path / "whole")
-    assert losses(tmp_path / "torch") == pytest.approx(losses(tmp_path / "whole")[30:], abs=1e-5)
+    for name in ("xla", "torch"):
+        shutil.copytree(tmp_path / "whole" / "step-00000020", tmp_path / name / "step-00000020")
+    run(*TRAIN, "--checkpoints-dir", tmp_path / "torch")
+    assert losses(tmp_path / "torch") == pytest.approx(losses(tmp_path / "whole")[20:], abs=1e-5)
+    for _ in range(2):  # interrupted twice: after step 20, and after step 40
+        output = run(*TRAIN_XLA, "--checkpoints-dir", tmp_path / "xla")
+        assert ", 0 of them after warm-up" in output
+        assert final_bytes(tmp_path / "xla") == final_bytes(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "xla" / "step-00000060")
+    assert losses(tmp_path / "xla") == losses(tmp_path / "whole")[20:] + losses(tmp_path / "whole")[40:]
     state = json.loads((tmp_path / "torch" / "step-00000060" / "trainer_state" / "state.json").read_text())
     assert state["samples"] == 60 * 8

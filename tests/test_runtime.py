@@ -1,7 +1,5 @@
 """The torch runtime's options do what they say; the peaks that MFU divides by."""
 
-import signal
-
 import pytest
 import torch
 from commands import PYTHON, ROOT, TINY, TRAIN, data_flags, losses, records, run
@@ -10,6 +8,7 @@ from gpt2_xla.config import OptimConfig, TorchConfig
 from gpt2_xla.data.prefetch import prefetch
 from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
+from gpt2_xla.optim import build_torch_optimizer
 from gpt2_xla.runtime.peaks import gpu_peak, tpu_peak
 from gpt2_xla.runtime.torch_runtime import TorchRuntime, clip_gradients
 
@@ -33,12 +32,9 @@ BENCH = [
 
 @pytest.fixture
 def make_runtime():
-    """Builds runtimes on the CPU; afterwards signals and matmul precision are as they were."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    """Builds runtimes on the CPU; afterwards the matmul precision is as it was."""
     precision = torch.get_float32_matmul_precision()
     yield lambda **options: TorchRuntime(TorchConfig(**{"device": "cpu", "mixed_precision": "no", **options}))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     torch.set_float32_matmul_precision(precision)
 
 
@@ -146,17 +142,29 @@ def test_known_peaks():
     assert tpu_peak("cpu") is None
 
 
-def test_a_step_with_nan_gradients_changes_nothing(make_runtime):
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_with_a_gradient_or_a_loss_that_is_not_finite_changes_nothing(make_runtime, fused):
     runtime = make_runtime()
     model = torch.nn.Linear(3, 2)
     optimizer = runtime.build_optimizer(model, OptimConfig())
-    for value in (1.0, float("nan"), 1.0):
+    if not fused:  # as on a device without the fused kernel
+        optimizer = build_torch_optimizer(model, OptimConfig(), fused=False)
+    good, bad = 1.0, (float("nan"), float("inf"))
+    for gradient, loss in [
+        (good, good),
+        (bad[0], good),
+        (good, bad[0]),
+        (good, bad[1]),
+        (bad[1], bad[1]),
+        (good, good),
+    ]:
         before = [parameter.clone() for parameter in model.parameters()]
         for parameter in model.parameters():
-            parameter.grad = torch.full_like(parameter, value)
-        runtime.update(model, optimizer, 1.0, torch.zeros(()))
+            parameter.grad = torch.full_like(parameter, gradient)
+        values = runtime.update(model, optimizer, 1.0, torch.tensor(loss))
+        assert values.isfinite().all() == (gradient == loss == good)
         changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
-        assert changed == [value == 1.0] * 2
+        assert changed == [gradient == loss == good] * 2
     assert all(state["step"] == 2 for state in optimizer.state.values())
 
 

@@ -263,32 +263,43 @@ def test_a_run_folder_that_cannot_be_written_is_named(mistakes_of, text_data, tm
         assert "cannot be written" in found
 
 
-def test_a_new_run_does_not_write_into_another_ones_folder(mistakes_of, own_run, text_data):
+def test_with_never_a_run_does_not_write_into_another_ones_folder(mistakes_of, own_run, text_data):
     before = sorted(own_run.rglob("*"))
-    found = mistakes_of(*FOUR_STEPS, "--min-lr", 9, *data_flags(text_data), "--checkpoints-dir", own_run)
+    flags = (*FOUR_STEPS, "--min-lr", 9, *data_flags(text_data), "--checkpoints-dir", own_run)
+    found = mistakes_of(*flags, "--resume", "never")
     assert len(found) == 2  # together with the other mistakes
-    assert f"--checkpoints-dir {own_run} already holds step-00000004 of another run; add --resume" in found[0]
+    assert (
+        f"--checkpoints-dir {own_run} already holds step-00000004 of another run; leave --resume never out" in found[0]
+    )
     assert sorted(own_run.rglob("*")) == before
 
 
-def test_resume_alone_continues_with_the_saved_options(pretrain, own_run):
-    assert pretrain("--resume", "--checkpoints-dir", own_run, "--train-steps", 6)[0] == 0
+def test_the_run_folder_alone_continues_with_the_saved_options(pretrain, own_run):
+    assert pretrain("--checkpoints-dir", own_run, "--train-steps", 6)[0] == 0
     before, after = (checkpoint.read_state(own_run / f"step-0000000{step}").config for step in (4, 6))
-    changed = {"train_steps": 6, "resume": True, "checkpoints_dir": str(own_run)}
-    source = {"from_checkpoint": str(own_run / "step-00000004")}
-    assert after == before | {"run": before["run"] | changed | source}
+    assert after == before | {"run": before["run"] | {"train_steps": 6, "checkpoints_dir": str(own_run)}}
     assert [record["step"] for record in records(own_run)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_resume_with_the_very_same_flags_is_no_conflict(pretrain, own_run, text_data):
-    status, printed = pretrain(*FOUR_STEPS, *data_flags(text_data), "--checkpoints-dir", own_run, "--resume")
+def test_the_very_same_command_resumes_and_says_so(pretrain, own_run, text_data):
+    status, printed = pretrain(*FOUR_STEPS, *data_flags(text_data), "--checkpoints-dir", own_run)
     assert (status, "Traceback" in printed) == (0, False)
-    assert "continuing at 4" in printed
+    assert f"resuming after step 4 of 4 from {own_run / 'step-00000004'}\n" in printed
+    assert "all 4 steps are done" in printed
+
+
+def test_the_very_same_command_continues_a_branch(pretrain, own_run, tmp_path):
+    command = ("--from-checkpoint", own_run / "step-00000002", "--checkpoints-dir", tmp_path / "branch")
+    for steps, begin in ((3, own_run / "step-00000002"), (4, tmp_path / "branch" / "step-00000003")):
+        status, printed = pretrain(*command, "--train-steps", steps)
+        assert status == 0
+        assert f"resuming after step {steps - 1} of {steps} from {begin}\n" in printed
+    assert [record["step"] for record in records(tmp_path / "branch")] == [3, 4]
 
 
 def test_conflicting_model_flags_on_resume_are_refused_each_by_name(mistakes_of, own_run):
     conflicts = ("--d-model", 32, "--num-layers", 3, "--no-tie-weights", "--activation", "relu", "--seq-length", 16)
-    found = mistakes_of("--resume", "--checkpoints-dir", own_run, *conflicts, "--dropout", 0.1)
+    found = mistakes_of("--checkpoints-dir", own_run, *conflicts, "--dropout", 0.1)
     names = ("--seq-length 16", "--d-model 32", "--num-layers 3", "--activation relu", "--tie-weights off")
     assert len(found) == len(names)
     for name, mistake in zip(names, found, strict=True):
@@ -297,7 +308,7 @@ def test_conflicting_model_flags_on_resume_are_refused_each_by_name(mistakes_of,
 
 def test_resume_passes_over_a_corrupt_checkpoint_and_says_so(pretrain, own_run):
     flip_byte(own_run / "step-00000004" / "model.safetensors")
-    status, printed = pretrain("--resume", "--checkpoints-dir", own_run)
+    status, printed = pretrain("--checkpoints-dir", own_run)
     assert status == 0
     assert re.search(r"step-00000004 is damaged: .*model\.safetensors was altered", printed)
     assert f"falling back to checkpoint {own_run / 'step-00000002'}" in printed
@@ -305,13 +316,17 @@ def test_resume_passes_over_a_corrupt_checkpoint_and_says_so(pretrain, own_run):
     assert checkpoint.problems(own_run / "step-00000004") == []  # trained again, and replaced
 
 
-def test_resume_without_a_good_checkpoint_is_refused(mistakes_of, own_run, tmp_path):
+def test_resume_without_a_good_checkpoint_is_refused(mistakes_of, own_run, text_data, tmp_path):
     for step in (2, 4):
         (own_run / f"step-{step:08d}" / "trainer_state" / "state.json").unlink()
-    (found,) = mistakes_of("--resume", "--checkpoints-dir", own_run)
-    assert found == f"--resume: there is no good checkpoint in --checkpoints-dir {own_run}"
-    (found,) = mistakes_of("--resume", "--checkpoints-dir", tmp_path / "absent")
+    (found,) = mistakes_of("--resume", "must", "--checkpoints-dir", own_run)
+    assert found == f"--resume must: there is no good checkpoint in --checkpoints-dir {own_run}"
+    (found,) = mistakes_of("--resume", "must", "--checkpoints-dir", tmp_path / "absent")
     assert "there is no good checkpoint in" in found
+    (found,) = mistakes_of(*FOUR_STEPS, *data_flags(text_data), "--checkpoints-dir", own_run)  # nor is it overwritten
+    assert found.startswith(
+        f"--checkpoints-dir {own_run} holds checkpoints, step-00000004 the newest, but all are damaged"
+    )
     (found,) = mistakes_of("--from-checkpoint", own_run / "step-00000004")
     assert found.startswith(f"--from-checkpoint {own_run / 'step-00000004'} is a damaged checkpoint")
     (found,) = mistakes_of("--from-checkpoint", tmp_path / "absent")
@@ -322,7 +337,7 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(mistakes_of, own_run, own_
     for manifest in own_data.glob("*/manifest.json"):
         text = manifest.read_text()
         manifest.write_text(text.replace('"tokenizer_hash": "', '"tokenizer_hash": "0'))
-    (found,) = mistakes_of("--resume", "--checkpoints-dir", own_run, *data_flags(own_data), "--train-steps", 5)
+    (found,) = mistakes_of("--checkpoints-dir", own_run, *data_flags(own_data), "--train-steps", 5)
     assert "the checkpoint was trained on tokens of bytes" in found
     assert "prepare the data with the checkpoint's tokenizer" in found
 
@@ -460,12 +475,12 @@ def test_a_branch_into_the_folder_of_another_run_is_refused(mistakes_of, own_run
 
 
 def test_resume_and_from_checkpoint_exclude_each_other(mistakes_of, own_run):
-    (found,) = mistakes_of("--resume", "--from-checkpoint", own_run / "step-00000004")
+    (found,) = mistakes_of("--resume", "must", "--from-checkpoint", own_run / "step-00000004")
     assert "use one of them" in found
 
 
 def test_fewer_train_steps_than_the_checkpoint_has_done(mistakes_of, own_run):
-    (found,) = mistakes_of("--resume", "--checkpoints-dir", own_run, "--train-steps", 2)
+    (found,) = mistakes_of("--checkpoints-dir", own_run, "--train-steps", 2)
     assert "--train-steps 2 is below the 4 steps that the checkpoint has done" in found
 
 
@@ -510,3 +525,10 @@ def test_tpu_without_a_tpu(monkeypatch):
     monkeypatch.setenv("PJRT_DEVICE", "TPU")
     (found,) = installation_mistakes()
     assert "this machine has no TPU" in found
+
+
+def test_an_address_that_is_none_hides_no_other_mistake(mistakes_of, tmp_path):
+    found = mistakes_of(
+        "--remote-dir", "/tmp/x", "--learning-rate", "-1", "--num-heads", "7", "--checkpoints-dir", tmp_path / "run"
+    )
+    assert len([line for line in found if line.startswith(("--remote-dir", "--learning-rate", "--d-model"))]) == 3

@@ -1,23 +1,19 @@
-"""Planning for TPUs, without the compiler: slices, programs' texts, what they move, bounds, searches, children."""
+"""Planning for TPUs, without the compiler: slices, programs' texts, what they move, bounds, mistakes."""
 
 import dataclasses
 import json
-import time
-from pathlib import Path
 
 import pytest
 from commands import PYTHON, ROOT, finish, start
+from tpu_answers import TOO_LARGE
 
-from gpt2_xla.config import DataConfig, XlaConfig
 from gpt2_xla.errors import UserError
 from gpt2_xla.script_config import PlanConfig
 from gpt2_xla.tpu_plan.compiler import Answer
 from gpt2_xla.tpu_plan.estimate import bounds, kernel_flops, training_days
 from gpt2_xla.tpu_plan.hlo import Array, Program, arrays_of
-from gpt2_xla.tpu_plan.jobs import Job, run_jobs
-from gpt2_xla.tpu_plan.largest_batch import largest_batches
-from gpt2_xla.tpu_plan.outcome import shortage
 from gpt2_xla.tpu_plan.plan import Compiled
+from gpt2_xla.tpu_plan.shortage import shortage
 from gpt2_xla.tpu_plan.topology import known_names, topology
 from gpt2_xla.tpu_plan.traffic import Traffic, count_traffic
 
@@ -283,22 +279,6 @@ def test_days_are_a_range():
 
 # What the compiler says
 
-TOO_LARGE = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 34.28G of 15.48G hbm. Exceeded hbm capacity by 18.80G.
-
-  Largest program allocations in hbm:
-
-  1. Size: 6.10G
-     Operator: op_name="xla__cross_replica_sum" source_file="x.py" source_line=450 source_end_line=450
-     Shape: f32[400000,4096]{1,0:T(8,128)}
-     Unpadded size: 6.10G
-     Allocation type: HLO temp
-     ==========================
-
-  2. Size: 256.00M
-     Shape: f32[4096,16384]{1,0:T(8,128)}
-     Unpadded size: 256.00M
-"""
-
 
 def test_a_program_that_does_not_fit_names_its_largest_buffers():
     found = shortage(TOO_LARGE)
@@ -306,69 +286,6 @@ def test_a_program_that_does_not_fit_names_its_largest_buffers():
     assert found.usable == pytest.approx(15.48 * 2**30)
     assert found.buffers == ("6.10G f32[400000,4096] xla__cross_replica_sum", "256.00M f32[4096,16384]")
     assert shortage("INTERNAL: something else") is None
-
-
-# Searches
-
-
-@pytest.mark.parametrize("limit", [3, 8, 9, 40, 41, 1000])
-@pytest.mark.parametrize("start", [1, 8, 64])
-def test_the_largest_batch_is_found_by_few_compilations(limit, start):
-    slices = [topology("v3-8"), topology("v4-8")]
-    config = PlanConfig(data=DataConfig(train_batch_size=start * 8))
-    rounds = []
-
-    def compile(wishes):
-        rounds.append(len(wishes))
-        sizes = [wish.config.data.train_batch_size / wish.slice.devices for wish in wishes]
-        return [
-            Compiled(wish, answer=Answer(error="" if n <= limit else TOO_LARGE))
-            for wish, n in zip(wishes, sizes, strict=True)
-        ]
-
-    for search in largest_batches(slices, config, compile):
-        best = search.best.wish.config.data.train_batch_size
-        assert best % search.slice.devices == 0
-        assert 0.94 * limit <= best / search.slice.devices <= limit or limit - best / search.slice.devices < 1
-    assert len(rounds) < 20
-
-
-def test_a_search_ends_where_nothing_fits():
-    config = PlanConfig(runtime=XlaConfig(sharding="fsdp"))
-    refuse = lambda wishes: [Compiled(wish, failure="was killed") for wish in wishes]  # noqa: E731
-    (search,) = largest_batches([topology("v5e-4")], config, refuse)
-    assert search.best is None
-    assert search.failed.wish.config.data.train_batch_size == 4
-
-
-# Children
-
-
-def job(tmp_path, name, code):
-    """A job that runs some Python."""
-    (tmp_path / f"{name}.py").write_text(f"import pathlib, sys, os, time\nanswer = sys.argv[1] + '.answer'\n{code}")
-    file = tmp_path / f"{name}.request"
-    return Job(name, name, file, Path(f"{file}.answer"))
-
-
-def test_children_that_fail_leave_the_results_of_the_others(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    jobs = [
-        job(tmp_path, "good", "pathlib.Path(answer).write_text('x')"),
-        job(tmp_path, "raises", "raise ValueError('no such thing')"),
-        job(tmp_path, "aborts", "os.abort()"),
-        job(tmp_path, "killed", "os.kill(os.getpid(), 9)"),
-        job(tmp_path, "sleeps", "time.sleep(60)"),
-    ]
-    began = time.monotonic()
-    ended = {one.name: one.failure for one in run_jobs(jobs, 2, 2.0, lambda *_: None)}
-    assert time.monotonic() - began < 20
-    assert ended["good"] == ""
-    assert ended["raises"] == "failed: ValueError: no such thing"
-    assert ended["aborts"].startswith("crashed with SIGABRT")
-    assert "memory was too small" in ended["killed"]
-    assert ended["sleeps"] == "did not end within 2 s and was killed; a longer --time-limit may help"
-    assert not list(tmp_path.glob("*.err"))
 
 
 # The command

@@ -45,10 +45,15 @@ def test_only_the_first_step_and_the_first_validation_compile(counted):
     assert [step[0] for step in counted["steps"]] == [1] + [0] * 199
 
 
-def test_a_step_with_nan_gradients_is_skipped_on_the_device(counted):
+def test_a_step_with_nan_gradients_or_a_nan_loss_is_skipped_on_the_device(counted):
     assert counted["nan_step_skipped"]
+    assert counted["nan_loss_skipped"]
     assert counted["state_finite"]
     assert counted["optimizer_steps"] == 200
+
+
+def test_torchs_own_adam_skips_the_same_steps_on_the_device(counted):
+    assert counted["torch_adam"] == [False, True, False, True, 2.0]
 
 
 def test_an_error_of_the_loader_ends_the_run_with_its_sentence(tmp_path):

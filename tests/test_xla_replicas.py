@@ -30,3 +30,10 @@ def test_a_gradient_that_is_inf_on_one_replica_skips_the_step_on_all(replicas):
         assert replica["skipped"]
         assert replica["goes_on"]
     assert replicas[0]["weights"] == replicas[1]["weights"]
+
+
+def test_a_loss_that_is_inf_on_one_replica_skips_the_step_on_all_though_the_gradients_are_finite(replicas):
+    for replica in replicas:
+        loss_is_finite, norm_is_finite, *unchanged = replica["loss_alone"]
+        assert (loss_is_finite, norm_is_finite) == (False, True)
+        assert all(unchanged)

@@ -9,7 +9,7 @@ from gpt2_xla.config import XlaPretrainConfig
 from gpt2_xla.data.pretraining import PretrainingData
 from gpt2_xla.errors import run_main
 from gpt2_xla.runtime.xla_launch import launch
-from gpt2_xla.startup import pretrain_config
+from gpt2_xla.startup import pretrain_start
 from gpt2_xla.train import pretrain
 
 
@@ -25,4 +25,4 @@ def work(config, runtime):
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(lambda: launch(pretrain_config(XlaPretrainConfig, sys.argv[1:], __doc__), work)))
+    sys.exit(run_main(lambda: launch(pretrain_start(XlaPretrainConfig, sys.argv[1:], __doc__).config, work)))

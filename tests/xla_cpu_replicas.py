@@ -9,6 +9,7 @@ one process, and their collectives hang for four reasons, each worked around her
     PJRT_CPU_ASYNC_CLIENT=0.
 """
 
+import functools
 import os
 import sys
 import threading
@@ -18,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpt2_xla.config import XlaPretrainConfig
 from gpt2_xla.errors import run_main
+from gpt2_xla.runtime.stop_signals import StopSignals
 from gpt2_xla.runtime.xla_launch import launch, run_replica
-from gpt2_xla.startup import pretrain_config
+from gpt2_xla.startup import pretrain_start
 from gpt2_xla.train import pretrain
 
 ENVIRONMENT = {
@@ -104,7 +106,9 @@ def _install_thread_collectives(count):
 
 def main():
     os.environ.update(ENVIRONMENT, CPU_NUM_DEVICES=sys.argv[1])
-    launch(pretrain_config(XlaPretrainConfig, sys.argv[2:], __doc__), pretrain, replica)
+    with StopSignals() as stop:
+        start = pretrain_start(XlaPretrainConfig, sys.argv[2:], __doc__)
+        launch(start.config, functools.partial(pretrain, source=start.source), replica, stop)
 
 
 if __name__ == "__main__":

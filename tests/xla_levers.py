@@ -26,6 +26,8 @@ LEVERS = {
     "scan": {"scan_layers": True},
     "scan, block": {"scan_layers": True, "activation_checkpointing": "block"},
     "loss": {"loss_chunk": 10, "vocab_multiple": 128},
+    "residual": {"residual_precision": "bf16"},
+    "residual, scan, block": {"residual_precision": "bf16", "scan_layers": True, "activation_checkpointing": "block"},
 }
 BOARD = ReplicaBoard.create()
 TOKENS = torch.randint(101, (2, 3, 17), generator=torch.Generator().manual_seed(1))
@@ -92,7 +94,7 @@ def sizes():
 def main():
     results = {
         "float32": compare(["block", "selective", "scan", "scan, block", "loss"]),
-        "bf16": compare(["block", "scan, block"], precision="bf16"),
+        "bf16": compare(["block", "scan, block", "residual", "residual, scan, block"], precision="bf16"),
         "dropout": compare(["block", "selective"], dropout=0.1),
         "instructions": [[Model(lever, layers=n).instructions() for n in (4, 12)] for lever in ("plain", "scan")],
     }

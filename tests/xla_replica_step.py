@@ -1,6 +1,7 @@
 """Take steps on 2 XLA replicas; each writes what it saw to FOLDER/RANK.json: python xla_replica_step.py FOLDER"""
 
 import json
+import math
 import os
 import re
 import sys
@@ -24,12 +25,13 @@ def work(config, runtime):
     tokens = torch.randint(0, 97, (2, 1, 9), generator=torch.Generator().manual_seed(runtime.rank))
     batch = tokens.to(runtime.device)
 
-    def step(poison):
+    def step(poison, loss_poison=0.0):
         runtime.seed_dropout(0)
         loss = runtime.compute_gradients(forward, batch)
         # Data, not a constant, and no scalar (equal ones share a buffer): the graph must be one for all replicas.
-        poison = torch.full((16,), poison).to(runtime.device)
-        model.wpe.weight.grad += poison
+        poisons = torch.tensor([poison] * 16 + [loss_poison]).to(runtime.device)
+        model.wpe.weight.grad += poisons[:16]
+        loss = loss + poisons[16]
         values = runtime.update(model, optimizer, 1.0, loss)
         hlo = torch_xla._XLAC._get_xla_tensors_hlo([values, *model.parameters()])
         runtime.end_step()
@@ -37,6 +39,7 @@ def work(config, runtime):
 
     hlo, (loss, _), first = step(0.0)
     _, (_, norm), second = step(float("inf") if runtime.rank == 1 else 0.0)
+    _, (loss_alone, norm_alone), unchanged = step(0.0, float("inf") if runtime.rank == 1 else 0.0)
     _, _, third = step(0.0)
     found = {
         "all_reduces": len(re.findall(r" all-reduce\(", hlo)),
@@ -45,6 +48,7 @@ def work(config, runtime):
         "loss": loss,
         "norm_is_finite": bool(torch.tensor(norm).isfinite()),
         "skipped": all(map(torch.equal, first, second)),
+        "loss_alone": [math.isfinite(loss_alone), math.isfinite(norm_alone), *map(torch.equal, second, unchanged)],
         "goes_on": not any(map(torch.equal, second, third)),
         "weights": [float(value.double().sum()) for value in third],
     }

@@ -15,6 +15,7 @@ from gpt2_xla import optim
 from gpt2_xla.config import DataConfig, LoggingConfig, ModelConfig, OptimConfig, RunConfig, XlaConfig, XlaPretrainConfig
 from gpt2_xla.data.pretraining import PretrainingData
 from gpt2_xla.metrics import open_metrics
+from gpt2_xla.model import build_model
 from gpt2_xla.runtime.replica_board import ReplicaBoard
 from gpt2_xla.runtime.xla_runtime import XlaRuntime
 from gpt2_xla.train import start_run, train
@@ -29,9 +30,9 @@ class CountingRuntime(XlaRuntime):
         super().__init__(*arguments)
         self.counted = []
 
-    def should_stop(self, step):
+    def seed_dropout(self, seed):
         self.counted.append(counters())
-        return super().should_stop(step)
+        super().seed_dropout(seed)
 
 
 def counters():
@@ -41,19 +42,38 @@ def counters():
 
 
 def nan_step(run):
-    """Whether a step with NaN gradients changes nothing, and what the optimizer's state is then."""
-    before = run.runtime.to_host(dict(run.model.named_parameters()))
-    for parameter in run.model.parameters():
-        parameter.grad = torch.full_like(parameter, float("nan"))
-    run.runtime.update(run.model, run.optimizer, 1.0, torch.zeros((), device=run.runtime.device))
-    run.runtime.end_step()
-    after = run.runtime.to_host(dict(run.model.named_parameters()))
-    state = run.runtime.to_host(optim.named_state(run.model, run.optimizer))
+    """Whether a step with NaN gradients, or with only a NaN loss, changes nothing, and what the optimizer's state is then."""
     return {
-        "nan_step_skipped": all(torch.equal(before[name], after[name]) for name in before),
-        "state_finite": all(bool(value.isfinite().all()) for value in state.values()),
-        "optimizer_steps": float(state["step.wte.weight"]),
+        "nan_step_skipped": skipped(run.runtime, run.model, run.optimizer, gradient=float("nan"), loss=0.0),
+        "nan_loss_skipped": skipped(run.runtime, run.model, run.optimizer, gradient=1.0, loss=float("nan")),
+        "state_finite": all(value.isfinite().all() for value in state_of(run.runtime, run.model, run.optimizer)),
+        "optimizer_steps": float(optim.named_state(run.model, run.optimizer)["step.wte.weight"].cpu()),
     }
+
+
+def state_of(runtime, model, optimizer):
+    held = {**dict(model.named_parameters()), **optim.named_state(model, optimizer)}
+    return [share.data for share in runtime.to_host(held, {})]
+
+
+def skipped(runtime, model, optimizer, gradient, loss):
+    before = state_of(runtime, model, optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, gradient)
+    runtime.update(model, optimizer, 1.0, torch.full((), loss, device=runtime.device))
+    runtime.end_step()
+    return all(map(torch.equal, before, state_of(runtime, model, optimizer)))
+
+
+def torch_adam_steps(board):
+    """Of steps with good, NaN and good gradients, and one with a NaN loss, which were skipped by --no-use-syncfree-optim."""
+    runtime = XlaRuntime(XlaConfig(mixed_precision="no", use_syncfree_optim=False), board)
+    model = build_model(ModelConfig(31, 8, 16, 1, 2), 0, 1)
+    runtime.place(model)
+    optimizer = runtime.build_optimizer(model, OptimConfig())
+    cases = [(1.0, 0.0), (float("nan"), 0.0), (1.0, 0.0), (1.0, float("inf"))]
+    found = [skipped(runtime, model, optimizer, *case) for case in cases]
+    return [*found, float(optim.named_state(model, optimizer)["step.wte.weight"].cpu())]
 
 
 def main(data_dir):
@@ -80,7 +100,17 @@ def main(data_dir):
         for one, other in zip(runtime.counted, runtime.counted[1:], strict=False)
     ]
     start = [after - before for before, after in zip(placed, runtime.counted[0], strict=True)]
-    print(json.dumps({"placing": placed, "first_validation": start, "steps": steps, **nan_step(run)}))
+    print(
+        json.dumps(
+            {
+                "placing": placed,
+                "first_validation": start,
+                "steps": steps,
+                **nan_step(run),
+                "torch_adam": torch_adam_steps(board),
+            }
+        )
+    )
     board.remove()
 
 

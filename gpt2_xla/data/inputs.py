@@ -1,6 +1,7 @@
 """Which files a source means, always in the same order: built-in ones, local files and folders, remote addresses."""
 
 import platform
+import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,14 @@ class UnreadableInput(UserError):
 
     def __reduce__(self) -> tuple:
         return UnreadableInput, (self.file, self.mistakes[0])
+
+
+# What is raised for missing credentials, permissions and buckets.
+STORE_ERRORS = {
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "gcsfs.retry": ("HttpError",),
+    "google.auth.exceptions": ("GoogleAuthError",),
+}
 
 
 @dataclass(frozen=True)
@@ -138,17 +147,17 @@ def remote_input(fs: Any, path: str, name: str) -> InputFile:
     return InputFile(name, str(fs.unstrip_protocol(path)), kind_of(path), int(info["size"]), str(version))
 
 
-def file_system(url: str) -> tuple[Any, str]:
+def file_system(url: str, **options: Any) -> tuple[Any, str]:
     """fsspec's file system for an address, and the path in it."""
     import fsspec
 
     scheme = url.split("://")[0]
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         package = FILE_SYSTEM_PACKAGES.get(scheme.rstrip("s") if scheme == "https" else scheme)
         hint = f"install it (pip install {package})" if package else f"{error}"
-        raise UserError(f"{url}: reading {scheme}:// needs a package that is not installed: {hint}") from error
+        raise UserError(f"{url}: {scheme}:// needs a package that is not installed: {hint}") from error
     except ValueError as error:
         raise UserError(
             f"{url}: unknown kind of address {scheme}://; expected hf://, s3://, gs:// or a path"
@@ -156,13 +165,16 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def network_errors() -> tuple[type[Exception], ...]:
-    """What reading over a network raises: OSErrors, and those of the HTTP package that this huggingface_hub is built on.
+    """What reading over a network raises: OSErrors, those of the HTTP package that this huggingface_hub is built on, and
+    those of the packages for stores that are in use.
 
-    That package has been requests, httpx and httpx2; each calls the base of its errors HTTPError.
+    That HTTP package has been requests, httpx and httpx2; each calls the base of its errors HTTPError.
     """
     from huggingface_hub.errors import HfHubHTTPError
 
-    return (OSError, *(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"))
+    http = [base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]
+    loaded = [(sys.modules[module], names) for module, names in STORE_ERRORS.items() if module in sys.modules]
+    return (OSError, *http, *(getattr(module, name) for module, names in loaded for name in names))
 
 
 def host_of(url: str) -> str:

@@ -74,6 +74,15 @@ class TrainingSet:
             )
         ]
 
+    def places(self, samples: np.ndarray, *, seed: int, shuffle: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Of each of samples (n,): its source's number (n,), and the position in that source's stream of its first token."""
+        numbers, indices = self.mixture.locate(samples)
+        starts = np.empty_like(indices)
+        for number, source in enumerate(self.sources):
+            own = numbers == number
+            starts[own] = source.windows.starts(indices[own], seed, shuffle)
+        return numbers, starts
+
     def rows(self, samples: np.ndarray, *, seed: int, shuffle: bool, vocab_size: int) -> np.ndarray:
         """The T+1 tokens of each of samples (n,), as int64 (n, T+1). Raises UserError as `TokenWindows.rows` does."""
         numbers, indices = self.mixture.locate(samples)

@@ -61,7 +61,7 @@ def _prepare_again(folder: Path, manifest: Manifest) -> str:
 
 
 def _checkpoint(run_folder: Path) -> Finding:
-    """Whether the newest checkpoint is good, or which older one --resume would fall back to."""
+    """Whether the newest checkpoint is good, or which older one a resume would fall back to."""
     from gpt2_xla import checkpoint  # imports torch, which may be what is broken
 
     folders = checkpoint.checkpoints(run_folder)
@@ -73,7 +73,7 @@ def _checkpoint(run_folder: Path) -> Finding:
     good = next((folder for folder in folders[1:] if not checkpoint.problems(folder)), None)
     damaged = f"{folders[0].name} is damaged: {why[0]}"
     if good is not None:
-        text = f"{damaged}; --resume continues from {good.name}"
+        text = f"{damaged}; a resume continues from {good.name}"
         return Finding("checkpoint", "warning", text, f"rm -r {_quoted(folders[0])}")
     text = f"{damaged}; there is no good one in {run_folder}, so the run must start again"
     return Finding("checkpoint", "problem", text, f"mv {_quoted(run_folder)} {_quoted(run_folder)}.damaged")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2_xla.config import OptimConfig
+from gpt2_xla.shares import Share
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Runtime(Protocol):
     device: torch.device
     rank: int  # 0 … world_size - 1; rank 0 writes files and prints
     world_size: int  # replicas that share each batch
+    writers: int  # replicas, from rank 0 on, that hold a part of the state each; 1 where every replica holds all of it
+    compiles: bool  # whether the first piece of work of each kind is compiled first, for minutes perhaps
 
     def describe(self) -> str:
         """The machine in words for the summary: `2 × cpu (gloo)`."""
@@ -73,8 +76,8 @@ class Runtime(Protocol):
     def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, loss: Tensor) -> Tensor:
         """Average gradients and loss over the replicas, clip, step, clear the gradients.
 
-        Returns float32 [loss, gradient norm before clipping], on device. A gradient that is not finite on any replica
-        skips the step on all of them.
+        Returns float32 [loss, gradient norm before clipping], on device and the same on every replica. If one of them is
+        not finite, on whichever replica that began, the step changes nothing on any: no weight, no moment, no step count.
         """
         ...
 
@@ -90,20 +93,30 @@ class Runtime(Protocol):
         """Begin copying a small vector to the host; the returned function waits for this copy and nothing queued later."""
         ...
 
-    def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """CPU copies on rank 0, nothing on the others. Waits for the device."""
+    def to_host(self, tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> list[Share]:
+        """CPU copies of what this process shall write of the tensors; nothing beyond the writers. Waits for the device.
+
+        `buffers`, a dictionary that the caller keeps between calls with the same tensors, is where the copies may live.
+        """
         ...
 
-    def watch_signals(self) -> None:
-        """From now on the first SIGTERM or Ctrl-C only makes should_stop() true; a second one ends the process at once."""
-        ...
+    def should_stop(self) -> bool:
+        """Whether to save and stop here; the same answer on every replica, without waiting for the device.
 
-    def should_stop(self, step: int) -> bool:
-        """Whether to stop before optimizer step `step`; the same answer on every replica, without waiting for the device."""
+        A signal is heard from the start of the process on; once True it stays so.
+        """
         ...
 
     def request_stop(self) -> None:
-        """Have all replicas stop before a coming step, as a signal does."""
+        """Have all replicas stop at a coming should_stop(), as a signal does."""
+        ...
+
+    def agree_on(self, value: int) -> bool:
+        """Whether all replicas pass the same number; waits for them."""
+        ...
+
+    def abandon(self, error: Exception) -> None:
+        """Leave word, for whoever started this replica, of the error that ends it without being raised."""
         ...
 
     def scaler_state(self) -> dict[str, Any] | None:

@@ -25,7 +25,9 @@ from gpt2_xla.model import GPT
 from gpt2_xla.runtime.base import CompileStats
 from gpt2_xla.runtime.peaks import gpu_peak
 from gpt2_xla.runtime.recomputation import recompute_activations
-from gpt2_xla.runtime.stop_signals import StopSignals
+from gpt2_xla.runtime.stop_signals import StopRequest, StopSource
+from gpt2_xla.runtime.votes import Votes, restart_store
+from gpt2_xla.shares import Share, whole_shares
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,11 +35,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class TorchRuntime:
     """See `Runtime`. Under torchrun each process is one replica, joined by DDP."""
 
-    def __init__(self, config: TorchConfig) -> None:
+    def __init__(self, config: TorchConfig, stop: StopRequest | None = None) -> None:
         if mistakes := device_mistakes(config):
             raise UserError(mistakes)
         self.config = config
         self.rank, self.world_size = int(os.environ.get("RANK", "0")), world_size()
+        self.writers = 1
         kind, local_rank = pick_accelerator(config.device), int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device(kind) if kind == "cpu" else torch.device(kind, local_rank)
         if kind != "cpu":
@@ -46,14 +49,20 @@ class TorchRuntime:
         if config.matmul_precision != "highest":  # torch's own default
             torch.set_float32_matmul_precision(config.matmul_precision)
         self._scaler = GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
-        self._signals = StopSignals()
-        self._stop_vote: tuple[dist.Work, Tensor] | None = None
-        self._control: dist.ProcessGroup | None = None
+        self.compiles = config.compile
+        self._stop: StopSource = stop or StopRequest()
+        self._votes: Votes | None = None
         if self.world_size > 1:
             device_id = self.device if self.backend == "nccl" else None
-            dist.init_process_group(self.backend, timeout=timedelta(minutes=10), device_id=device_id)
-            # Votes travel between hosts' CPUs: they must not wait for the accelerator's queue.
-            self._control = dist.new_group(backend="gloo")
+            dist.init_process_group(
+                self.backend,
+                store=restart_store(),
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=timedelta(minutes=10),
+                device_id=device_id,
+            )
+            self._stop = self._votes = Votes(stop or StopRequest(), dist.new_group(backend="gloo"))
 
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
@@ -64,6 +73,8 @@ class TorchRuntime:
     def place(self, model: nn.Module) -> nn.Module:
         model.to(self.device)
         if isinstance(model, GPT):
+            if self.config.residual_precision == "bf16":
+                model.use(residual_dtype=torch.bfloat16)
             again = functools.partial(checkpoint, use_reentrant=False)
             recompute_activations(model, self.config.activation_checkpointing, again)
         placed = model
@@ -114,16 +125,23 @@ class TorchRuntime:
         return torch.stack(losses).mean()
 
     def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, loss: Tensor) -> Tensor:
-        self._scaler.unscale_(optimizer)
+        loss = self.mean(loss)
+        if self._scaler.is_enabled():
+            # The scaler looks at the gradients alone: a loss that is not finite must show in one of them (0 · inf is NaN).
+            next(p.grad for p in model.parameters() if p.grad is not None and p.dim() < 2).add_(loss * 0)
+            self._scaler.unscale_(optimizer)
         norm = clip_gradients(model, max_grad_norm)
-        if not self._scaler.is_enabled() and optimizer.defaults["fused"]:
-            # A norm that is not finite means a gradient that is not: the fused kernel then changes nothing. The scaler
-            # uses the same switch for its own overflows.
-            optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
-        self._scaler.step(optimizer)
-        self._scaler.update()
+        values = torch.stack([loss, norm])
+        if self._scaler.is_enabled():
+            self._scaler.step(optimizer)
+            self._scaler.update()
+        elif optimizer.defaults["fused"]:
+            optimizer.found_inf = optimizers.not_finite(values)  # type: ignore[attr-defined]
+            optimizer.step()
+        elif not optimizers.not_finite(values):  # waits for the device: without the fused kernel nothing there can skip
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return self.mean(torch.stack([loss, norm]))
+        return values
 
     def mean(self, value: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -148,27 +166,29 @@ class TorchRuntime:
 
         return read
 
-    def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def to_host(self, tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> list[Share]:
         if self.rank != 0:
-            return {}
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            return []
+        pinned = self.device.type == "cuda"
+        for name, tensor in tensors.items():
+            # Fresh memory costs more than the copy: the kernel clears each page when it is first touched.
+            if name not in buffers:
+                buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            buffers[name].copy_(tensor.detach(), non_blocking=pinned)
+        self._wait_for_device()
+        return whole_shares(buffers)
 
-    def watch_signals(self) -> None:
-        self._signals.watch(announce=self.rank == 0)
-
-    def should_stop(self, step: int) -> bool:  # noqa: ARG002 - other runtimes agree by step number
-        if self._control is None:
-            return self._signals.requested
-        # The vote cast before the last step has long arrived; this one's answer is read a step later.
-        agreed = self._collect_vote()
-        vote = torch.tensor([float(self._signals.requested)])
-        work = dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self._control, async_op=True)
-        assert work is not None
-        self._stop_vote = (work, vote)
-        return agreed
+    def should_stop(self) -> bool:
+        return self._stop.poll()
 
     def request_stop(self) -> None:
-        self._signals.request_stop()
+        self._stop.request_stop()
+
+    def agree_on(self, value: int) -> bool:
+        return self._votes is None or self._votes.equal(value)
+
+    def abandon(self, error: Exception) -> None:
+        """torchrun sees the exit status; there is nobody else to tell."""
 
     def scaler_state(self) -> dict[str, Any] | None:
         return self._scaler.state_dict() if self._scaler.is_enabled() else None
@@ -215,7 +235,7 @@ class TorchRuntime:
 
     def close(self) -> None:
         if self.world_size > 1 and dist.is_initialized():
-            self._collect_vote()
+            self._stop.close()
             dist.destroy_process_group()
 
     def _reduction(self, forward: nn.Module, last: bool) -> AbstractContextManager[Any]:
@@ -224,14 +244,6 @@ class TorchRuntime:
         if last or not isinstance(wrapped, DistributedDataParallel):
             return contextlib.nullcontext()
         return wrapped.no_sync()
-
-    def _collect_vote(self) -> bool:
-        if self._stop_vote is None:
-            return False
-        work, vote = self._stop_vote
-        self._stop_vote = None
-        work.wait()
-        return bool(vote[0] > 0)
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:

@@ -12,15 +12,12 @@ BLOCK_MULTIPLE = 128  # of queries and of keys: a row of the TPU's vector regist
 def flash_obstacles(model: ModelConfig, runtime: XlaConfig, device_kind: str) -> list[str]:
     """Why the kernel cannot be used on devices of that kind, PJRT's name such as `TPU v4`: what it needs, what there is."""
     obstacles = []
-    generation = re.match(r"TPU v(\d+)", device_kind)
     if not device_kind.startswith("TPU"):
         obstacles.append(f"needs a TPU, but the device is {device_kind}")
     elif importlib.util.find_spec("jax") is None:
         obstacles.append(
             "needs jax, which is not installed (pip install -r requirements-xla_tpu.txt -c constraints.txt)"
         )
-    if generation and int(generation[1]) < 4:
-        obstacles.append(f"needs a TPU v4 or later, but this is a {device_kind}")
     if runtime.scan_layers:  # its tracer cannot look into the kernel
         obstacles.append("does not work with --scan-layers")
     if model.dropout:
@@ -31,6 +28,12 @@ def flash_obstacles(model: ModelConfig, runtime: XlaConfig, device_kind: str) ->
     if head > 128 and head % 128:
         obstacles.append(f"takes heads of at most 128 or a multiple of 128, but --d-model / --num-heads is {head}")
     return obstacles
+
+
+def tpu_generation(device_kind: str) -> int:
+    """4 for `TPU v4`, 5 for `TPU v5 lite`; 0 for what is no TPU."""
+    generation = re.match(r"TPU v(\d+)", device_kind)
+    return int(generation[1]) if generation else 0
 
 
 def attention_mistakes(config: XlaPretrainConfig) -> list[str]:

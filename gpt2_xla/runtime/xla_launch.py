@@ -1,10 +1,9 @@
 """Start the XLA replicas with xmp.spawn, pass signals on to them, and never leave one behind."""
 
-import ctypes
 import multiprocessing
+import multiprocessing.process
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -13,41 +12,58 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_xla.config import XlaPretrainConfig
-from gpt2_xla.errors import UserError
+from gpt2_xla.errors import HangError, UserError
 from gpt2_xla.runtime.base import Runtime
 from gpt2_xla.runtime.mesh import mesh_mistakes
+from gpt2_xla.runtime.orphans import die_with
 from gpt2_xla.runtime.replica_board import ReplicaBoard
-from gpt2_xla.runtime.stop_signals import STOP_SIGNALS
+from gpt2_xla.runtime.stop_signals import STOP_SIGNALS, StopSignals
 from gpt2_xla.runtime.xla_flash import attention_mistakes
 from gpt2_xla.runtime.xla_installation import installation_mistakes, replica_environment_mistakes
 
 Work = Callable[[Any, Runtime], Any]
 
 
-def launch(config: XlaPretrainConfig, work: Work, replica: Callable[..., None] | None = None) -> None:
+def launch(
+    config: XlaPretrainConfig,
+    work: Work,
+    replica: Callable[..., None] | None = None,
+    stop: StopSignals | None = None,
+) -> None:
     """Run work(config, runtime) on the XLA devices of this host; return when it is done.
 
-    With --sharding fsdp this process does it, for all devices. Else xmp.spawn starts a replica per device: SIGTERM and
-    Ctrl-C stop all replicas before the same step; if one fails the others, which would wait for it in a collective for
-    ever, are killed, and its error is raised here. `replica` replaces `run_replica` in tests, which know their machine.
+    With --sharding fsdp this process does it, for all devices. Else xmp.spawn starts a replica per device: what asks `stop`
+    to stop, stops all replicas at the same point; if one fails the others, which would wait for it in a collective for
+    ever, are killed, and its error is raised here. Without `stop`, for work that never polls, a signal ends it at once.
+    `replica` replaces `run_replica` in tests, which know their machine.
     """
     if replica is None and (mistakes := machine_mistakes(config)):
         raise UserError(mistakes)
     if config.runtime.sharding == "fsdp":
-        run_sharded(config, work)
-        return
+        run_sharded(config, work, stop)
+    elif stop is not None:
+        run_replicas(config, work, replica or run_replica, stop)
+    else:
+        with StopSignals(patient=False) as signals:
+            run_replicas(config, work, replica or run_replica, signals)
+
+
+def run_replicas(config: XlaPretrainConfig, work: Work, replica: Callable[..., None], stop: StopSignals) -> None:
+    """Run a replica per device, each with a model of its own."""
     import torch_xla.distributed.xla_multiprocessing as xmp
 
     # Starting it later would unblock the signals again (CPython's resource_tracker does).
     resource_tracker.ensure_running()
-    # Children inherit the mask: a Ctrl-C that the terminal sends to the whole group reaches only the parent.
+    # Children inherit the mask: a Ctrl-C that the terminal sends to the whole group reaches only the parent, where the
+    # thread of `stop` hears it.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     board = ReplicaBoard.create()
-    supervisor = _Supervisor(board)
+    supervisor = _Supervisor(board, stop)
     supervisor.start()
     try:
-        arguments = (str(board.path), os.getpid(), config, work)
-        xmp.spawn(replica or run_replica, args=arguments, start_method=config.runtime.mp_start_method)
+        xmp.spawn(
+            replica, args=(str(board.path), os.getpid(), config, work), start_method=config.runtime.mp_start_method
+        )
     except Exception as error:  # noqa: BLE001 - replaced by the replica's own error
         if supervisor.interrupted:
             raise KeyboardInterrupt from None
@@ -58,11 +74,11 @@ def launch(config: XlaPretrainConfig, work: Work, replica: Callable[..., None] |
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
-def run_sharded(config: XlaPretrainConfig, work: Work) -> None:
-    """Drive all devices of this host from this process, which handles its signals itself."""
+def run_sharded(config: XlaPretrainConfig, work: Work, stop: StopSignals | None = None) -> None:
+    """Drive all devices of this host from this process."""
     from gpt2_xla.runtime.xla_spmd_runtime import XlaSpmdRuntime
 
-    runtime = XlaSpmdRuntime(config.runtime)
+    runtime = XlaSpmdRuntime(config.runtime, stop)
     try:
         work(config, runtime)
     finally:
@@ -82,14 +98,6 @@ def run_replica(index: int, board_path: str, parent: int, config: XlaPretrainCon
     except BaseException as error:
         board.report_failure(error)
         raise
-
-
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when the parent dies, so that no orphan trains on."""
-    pr_set_pdeathsig = 1  # linux/prctl.h
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getpid() != parent and os.getppid() != parent:  # it died before the call above
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def machine_mistakes(config: XlaPretrainConfig) -> list[str]:
@@ -112,45 +120,53 @@ def machine_mistakes(config: XlaPretrainConfig) -> list[str]:
 
 
 class _Supervisor(threading.Thread):
-    """Waits for signals and for failures while the main thread waits in xmp.spawn."""
+    """Passes a stop on to the replicas and looks for failures while the main thread waits in xmp.spawn."""
 
-    def __init__(self, board: ReplicaBoard) -> None:
+    def __init__(self, board: ReplicaBoard, stop: StopSignals) -> None:
         super().__init__(daemon=True, name="replica supervisor")
-        self._board = board
+        self._board, self._request = board, stop
         self._done = threading.Event()
-        self.interrupted = False  # the replicas were killed for a signal
+        self.interrupted = False  # the replicas are killed for a signal
+        stop.quit = self._interrupt
 
     def run(self) -> None:
-        while not self._done.is_set():
+        asked = False
+        while not self._done.wait(0.2):
             children = multiprocessing.active_children()
-            if signal.sigtimedwait(STOP_SIGNALS, 0.2):
-                if self._board.request_stop():
-                    print("\nstopping after this step; once more to quit at once", file=sys.stderr, flush=True)
-                else:  # no step was begun (start-up, --do-test), or this is the second signal
-                    self.interrupted = True
-                    for child in children:
-                        child.kill()
+            if self._request.requested and not asked:
+                asked = True
+                self._board.request_stop()
+            if self.interrupted:
+                _kill(children)
             elif self._board.failure() or any(child.exitcode for child in children):
                 # The failed process may still be reporting; the others will never come back from their collective.
                 self._done.wait(2.0)
-                for child in multiprocessing.active_children():
-                    child.kill()
+                _kill(multiprocessing.active_children())
 
     def finish(self) -> None:
         """Stop watching."""
         self._done.set()
         self.join()
 
+    def _interrupt(self, number: int) -> None:  # noqa: ARG002
+        self.interrupted = True
+
+
+def _kill(children: list[multiprocessing.process.BaseProcess]) -> None:
+    for child in children:
+        child.kill()
+
 
 def _replica_error(board: ReplicaBoard, error: Exception) -> Exception:
     """The error to raise for a failed spawn: the replica's own, where it left word."""
     failure = board.failure()
     if failure and failure["mistakes"]:
-        return UserError(failure["mistakes"])  # type: ignore[arg-type]
+        kind = HangError if failure["hang"] else UserError
+        return kind(failure["mistakes"])  # type: ignore[arg-type]
     if failure:
         return RuntimeError(f"a replica failed:\n{failure['traceback']}")
     if isinstance(error, BrokenProcessPool):
         return RuntimeError(
-            "a replica's process was killed (out of memory?); its checkpoints are safe, add --resume to continue"
+            "a replica's process was killed (out of memory?); the same command continues from the newest checkpoint"
         )
     return error

@@ -27,11 +27,14 @@ from gpt2_xla.model import GPT
 from gpt2_xla.runtime.base import CompileStats
 from gpt2_xla.runtime.micro_step_loop import MicroStepLoop
 from gpt2_xla.runtime.peaks import tpu_peak
+from gpt2_xla.runtime.replica_board import ReplicaBoard
 from gpt2_xla.runtime.stop_signals import StopSource
 from gpt2_xla.runtime.torch_runtime import clip_gradients
 from gpt2_xla.runtime.xla_levers import pull_levers
 from gpt2_xla.runtime.xla_profile import xla_profile
+from gpt2_xla.runtime.xla_shards import copied
 from gpt2_xla.runtime.xla_splash import Mapped
+from gpt2_xla.shares import Share, whole_shares
 
 _cache_lock = threading.Lock()
 
@@ -39,12 +42,14 @@ _cache_lock = threading.Lock()
 class XlaRuntime:
     """See `Runtime`. Operations are queued as a graph, which end_step() compiles once and then only launches."""
 
-    def __init__(self, config: XlaConfig, board: StopSource) -> None:
-        self.config, self._board = config, board
+    compiles = True
+
+    def __init__(self, config: XlaConfig, stop: StopSource) -> None:
+        self.config, self._stop = config, stop
         if config.compile_cache:
             _open_compile_cache(Path(config.compile_cache))
         self.device = torch_xla.device()
-        self.rank, self.world_size = xr.global_ordinal(), xr.world_size()
+        self.rank, self.world_size, self.writers = xr.global_ordinal(), xr.world_size(), 1
         self._loops: dict[tuple[nn.Module, torch.Size], MicroStepLoop] = {}
         self.device_count = self.world_size  # over all hosts
         self._attention = ""  # chosen when the model is placed
@@ -79,9 +84,9 @@ class XlaRuntime:
 
     def build_optimizer(self, model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
         if not self.config.use_syncfree_optim:
-            optimizer = optimizers.build_torch_optimizer(model, optim, fused=False)
-            # torch's own Adam reads the step count on the host each step, so it must live there.
-            optimizers.prime_state(model, optimizer, step_device=torch.device("cpu"))
+            # Counting on the device: the host cannot know which steps were skipped.
+            optimizer = optimizers.build_torch_optimizer(model, optim, fused=False, capturable=True)
+            optimizers.prime_state(model, optimizer)
         else:
             kind = syncfree.AdamW if optim.optim_type == "adamw" else syncfree.Adam
             groups = optimizers.parameter_groups(model, optim.weight_decay)
@@ -135,13 +140,14 @@ class XlaRuntime:
     def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, loss: Tensor) -> Tensor:
         self._average([*(parameter.grad for parameter in model.parameters() if parameter.grad is not None), loss])
         norm = clip_gradients(model, max_grad_norm)
+        values = torch.stack([loss, norm])
+        skip = optimizers.not_finite(values)
         if self.config.use_syncfree_optim:
-            # A norm that is not finite means a gradient that is not: the step is skipped on the device.
-            optimizer.step(found_inf=(~torch.isfinite(norm)).float())  # type: ignore[call-overload]
+            optimizer.step(found_inf=skip)  # type: ignore[call-overload]
         else:
-            optimizer.step()
+            optimizers.step_unless(optimizer, skip)
         optimizer.zero_grad(set_to_none=True)
-        return torch.stack([loss, norm])
+        return values
 
     def _average(self, tensors: list[Tensor]) -> None:
         """Replace gradients and loss by their means over the replicas, in one all-reduce."""
@@ -159,19 +165,24 @@ class XlaRuntime:
     def fetch_later(self, value: Tensor) -> Callable[[], list[float]]:
         return lambda: value.cpu().tolist()  # a launched tensor is copied as it is: no graph, no compilation
 
-    def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.rank != 0:
-            return {}
-        return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    def to_host(self, tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> list[Share]:
+        buffers.clear()  # a copy from an XLA device always is in new memory: let go of the last one first
+        if self.rank == 0:
+            buffers.update({name: copied(tensor.detach()) for name, tensor in tensors.items()})
+        return whole_shares(buffers)
 
-    def watch_signals(self) -> None:
-        self._board.enter_step(0)  # from now on the parent asks to stop instead of killing
-
-    def should_stop(self, step: int) -> bool:
-        return self._board.enter_step(step)
+    def should_stop(self) -> bool:
+        return self._stop.poll()
 
     def request_stop(self) -> None:
-        self._board.request_stop()
+        self._stop.request_stop()
+
+    def agree_on(self, value: int) -> bool:  # noqa: ARG002
+        return True  # replicas of one host read one and the same folder
+
+    def abandon(self, error: Exception) -> None:
+        if isinstance(self._stop, ReplicaBoard):
+            self._stop.report_failure(error)
 
     def scaler_state(self) -> dict[str, Any] | None:
         return None
@@ -216,7 +227,7 @@ class XlaRuntime:
         return str(xm.xla_device_kind(str(self.device)))
 
     def close(self) -> None:
-        self._board.close()
+        self._stop.close()
 
 
 def _count(name: str) -> int:

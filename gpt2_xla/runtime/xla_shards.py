@@ -25,12 +25,31 @@ def shard_bytes(tensor: Tensor) -> int:
     )
 
 
-def put_together(tensor: Tensor) -> Tensor:
-    """A CPU copy of a tensor of which this process's devices hold all parts; compiles nothing, waits for the device."""
+def own_blocks(tensor: Tensor) -> list[tuple[Tensor, tuple[int, ...]]]:
+    """CPU copies of the parts that this process's devices hold, each with the offsets of its first element.
+
+    Of parts with copies on several devices, only that of the first; so over all processes each part is there once.
+    Compiles nothing, waits for the device.
+    """
     (shards,) = torch_xla._XLAC._get_local_shards([tensor])
     (places,) = torch_xla._XLAC._get_local_shard_replica_and_indices([tensor])
-    whole = torch.empty(tensor.shape, dtype=tensor.dtype)
-    for (shard, _device), (_replica, indices) in zip(shards, places, strict=True):
+    found = []
+    for (shard, _device), (replica, indices) in zip(shards, places, strict=True):
         # Where parts are uneven the last one is filled up; its indices are not.
-        whole[tuple(indices)] = shard[tuple(slice(0, index.stop - index.start) for index in indices)]
+        block = shard[tuple(slice(0, index.stop - index.start) for index in indices)]
+        if replica <= 0 and block.numel():  # -1: there are no copies
+            found.append((block, tuple(index.start for index in indices)))
+    return found
+
+
+def put_together(tensor: Tensor) -> Tensor:
+    """A CPU copy of a tensor of which this process's devices hold all parts; compiles nothing, waits for the device."""
+    whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+    for block, start in own_blocks(tensor):
+        whole[tuple(slice(at, at + size) for at, size in zip(start, block.shape, strict=True))] = block
     return whole
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A CPU copy of a tensor, also of one that is there already."""
+    return tensor.to("cpu", copy=True)

@@ -16,7 +16,9 @@ import torch_xla
 import torch_xla.core.xla_builder as xb
 from torch import Tensor
 
-BLOCK = 1024  # queries and keys that the kernel takes at once
+BLOCK_BYTES = (
+    2048  # of a block's queries, for each of their D elements: 1024 in bf16, and no more than v2 has memory for
+)
 
 
 class Mapped(Protocol):
@@ -44,14 +46,21 @@ class OneDevice:
 
 
 def splash_attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float, mapped: Mapped | None = None, interpret: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float,
+    mapped: Mapped | None = None,
+    interpret: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See `Attend`: q, k, v (B, H, T, D) -> (B, H, T, D), of which `mapped` says who holds which part.
 
-    `interpret` runs the kernel's steps as plain XLA, on any device.
+    `dtype` is that of the kernel's arrays, default autocast's. `interpret` runs the kernel's steps as plain XLA, on any device.
     """
     assert dropout == 0.0
-    dtype = torch.get_autocast_dtype("xla") if torch.is_autocast_enabled("xla") else q.dtype
+    if dtype is None:
+        dtype = torch.get_autocast_dtype("xla") if torch.is_autocast_enabled("xla") else q.dtype
     # The kernel has no scale of its own.
     q = (q * (1 / math.sqrt(q.shape[-1]))).to(dtype)
     return _Splash.apply(q, k.to(dtype), v.to(dtype), mapped or OneDevice(), interpret)
@@ -89,7 +98,8 @@ def _kernel(shape: tuple[int, int, int, int], dtype: str, interpret: bool) -> _K
     import jax.export
 
     jax.config.update("jax_platforms", "cpu")  # jax traces only; it must not take the TPU from torch_xla
-    kernel = jax.vmap(_splash(*shape[1:], interpret))
+    block = math.gcd(shape[2], BLOCK_BYTES // jax.numpy.dtype(dtype).itemsize)
+    kernel = jax.vmap(_splash(*shape[1:], block, interpret))
     rebuild: list[Any] = []
 
     def forward(q: Any, k: Any, v: Any) -> Any:
@@ -110,11 +120,10 @@ def _kernel(shape: tuple[int, int, int, int], dtype: str, interpret: bool) -> _K
     return _Kernel(_as_function("xla::splash_forward", there), _as_function("xla::splash_backward", back))
 
 
-def _splash(heads: int, length: int, head_dim: int, interpret: bool) -> Any:
-    """The kernel for q, k, v (H, T, D)."""
+def _splash(heads: int, length: int, head_dim: int, block: int, interpret: bool) -> Any:
+    """The kernel for q, k, v (H, T, D), of which it takes so many queries and keys at once."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-    block = math.gcd(length, BLOCK)
     layouts = splash_attention_kernel.QKVLayout
     # A TPU's memory is laid out in rows of 128: with D = 64 in the rows half of it would be filling.
     layout = layouts.HEAD_DIM_MINOR if head_dim % 128 == 0 else layouts.SEQ_MINOR

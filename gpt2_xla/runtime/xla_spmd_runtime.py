@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
@@ -21,11 +20,15 @@ from gpt2_xla import optim as optimizers
 from gpt2_xla.config import XlaConfig
 from gpt2_xla.model import GPT
 from gpt2_xla.runtime.mesh import AXES, ROWS, Layout, mesh_shape
-from gpt2_xla.runtime.stop_signals import StopSignals
+from gpt2_xla.runtime.stop_signals import StopRequest
 from gpt2_xla.runtime.tpu_host import tpu_chips
+from gpt2_xla.runtime.votes import Votes, join_hosts, leave_hosts
 from gpt2_xla.runtime.xla_partition import WHOLE, ByHeads, Partition, partition_spec
 from gpt2_xla.runtime.xla_runtime import XlaRuntime
-from gpt2_xla.runtime.xla_shards import put_together, shard_bytes, tiles
+from gpt2_xla.runtime.xla_shards import copied, own_blocks, put_together, shard_bytes, tiles
+from gpt2_xla.shares import Share
+
+HOSTS_PORT = 12355  # host 0 listens here for the others
 
 
 def start_devices() -> tuple[int, int]:
@@ -38,11 +41,16 @@ def start_devices() -> tuple[int, int]:
 class XlaSpmdRuntime(XlaRuntime):
     """See `Runtime`. A "replica" is a host's process here: `rank` of `world_size` hosts, each of which loads its own rows."""
 
-    def __init__(self, config: XlaConfig) -> None:
+    def __init__(self, config: XlaConfig, stop: StopRequest | None = None) -> None:
         devices, hosts = start_devices()
-        self._signals = StopSignals()
-        super().__init__(config, self._signals)
+        asked = stop or StopRequest()
+        self._votes: Votes | None = None
+        if hosts > 1:
+            join_hosts(xr.get_master_ip(), HOSTS_PORT, xr.process_index(), hosts)
+            self._votes = Votes(asked, None)
+        super().__init__(config, self._votes or asked)
         self.rank, self.world_size, self.device_count = xr.process_index(), hosts, devices
+        self.writers = hosts
         self.shape = mesh_shape(config.mesh, devices)
         # The order of the runtime's own global ordinals, the same on every host.
         self.partition = Partition(xs.Mesh(np.arange(devices), self.shape.sizes, AXES), self.shape)
@@ -69,8 +77,7 @@ class XlaSpmdRuntime(XlaRuntime):
             for value in optimizer.state[parameter].values():
                 if value.shape == parameter.shape:  # not the step count
                     self.partition.mark(value, self.partition.stored(name, parameter))
-        state = optimizers.named_state(model, optimizer).values()
-        self._held += (value for value in state if value.device.type == "xla")  # torch's own Adam counts on the host
+        self._held += optimizers.named_state(model, optimizer).values()
 
     def batches(self, host_batches: Iterator[Tensor], rows_dim: int) -> Generator[Tensor, None, None]:
         if self.world_size == 1:
@@ -100,28 +107,28 @@ class XlaSpmdRuntime(XlaRuntime):
     def mean(self, value: Tensor) -> Tensor:
         return value  # computed from the batch of all devices already
 
-    def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        found = {}
+    def to_host(self, tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> list[Share]:
+        buffers.clear()  # see XlaRuntime
+        found: list[Share] = []
         for name, tensor in tensors.items():
-            whole = self._whole(tensor.detach())  # every host must take part
-            if self.rank == 0:
-                found[name] = whole
+            value = tensor.detach()
+            if value.device.type == "cpu" or math.prod(tiles(value)) == 1:
+                if self.rank == 0:
+                    found.append(Share.whole(name, copied(value)))
+            elif self.writers == 1:
+                # Not .cpu(), which would compile a program for each tensor, each time.
+                found.append(Share.whole(name, put_together(value)))
+            else:
+                found += (Share(name, block, at, tuple(value.shape)) for block, at in own_blocks(value))
         return found
 
-    def _whole(self, tensor: Tensor) -> Tensor:
-        """All of a tensor that the devices hold in parts, on the CPU. `.cpu()` would compile a program for each, each time."""
-        if tensor.device.type == "cpu" or math.prod(tiles(tensor)) == 1:
-            return tensor.cpu()
-        if self.world_size == 1:
-            return put_together(tensor)
-        copied = self.partition.cut(tensor, (WHOLE,) * tensor.dim())
-        torch_xla.sync()
-        return copied.cpu()
+    def agree_on(self, value: int) -> bool:
+        return self._votes is None or self._votes.equal(value)
 
-    def watch_signals(self) -> None:
-        # Several hosts would have to agree on the step to stop before, and nothing here lets them: they end at once.
-        if self.world_size == 1:
-            self._signals.watch(announce=True)
+    def close(self) -> None:
+        super().close()
+        if self._votes is not None:
+            leave_hosts()
 
     def peak_memory(self) -> int | None:
         return None if xr.device_type() == "TPU" else super().peak_memory()  # torch_xla 2.9 refuses to tell under SPMD

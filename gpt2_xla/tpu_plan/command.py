@@ -9,45 +9,79 @@ from tqdm import tqdm
 
 from gpt2_xla.cli import Parsed
 from gpt2_xla.errors import UserError
-from gpt2_xla.runtime.mesh import mesh_mistakes
 from gpt2_xla.runtime.xla_installation import package_mistakes
 from gpt2_xla.script_config import PlanConfig
-from gpt2_xla.tpu_plan.comparison import AS_GIVEN, table, variants
+from gpt2_xla.tpu_plan.cheapest_settings import SettingSearch, cheapest_settings
+from gpt2_xla.tpu_plan.comparison import AS_GIVEN, Row, table, variants
 from gpt2_xla.tpu_plan.jobs import Job
 from gpt2_xla.tpu_plan.largest_batch import Search, largest_batches
 from gpt2_xla.tpu_plan.outcome import facts
 from gpt2_xla.tpu_plan.plan import Planner, Wish
+from gpt2_xla.tpu_plan.refusals import division_mistakes
 from gpt2_xla.tpu_plan.report import headline, report
 from gpt2_xla.tpu_plan.topology import Topology, topology
-from gpt2_xla.validation import config_mistakes, replica_mistakes
+from gpt2_xla.validation import config_mistakes
 
 INSTALL = "pip install -r requirements-xla_tpu.txt -c constraints.txt"
 
 
 def plan_tpu(parsed: Parsed[PlanConfig], mistakes: list[str]) -> int:
-    """Plan and print; 1 if a slice cannot run it. Raises `UserError` with all mistakes of the options."""
+    """Plan and print; 1 if a slice cannot run it, or was not found out. Raises `UserError` with all mistakes of the options."""
     # No evaluation is planned: its batch is as good as that of training.
     size = parsed.config.data.train_batch_size
     config = replace(parsed.config, data=replace(parsed.config.data, eval_batch_size=size))
     found = [*mistakes, *config_mistakes(config, parsed.explicit), *installation_mistakes()]
     steps = variants(config, found)
-    slices = _slices(steps, found)
+    slices = _slices(config, found)
     with _Progress() as progress:
-        planner = Planner(config, progress.tick)
+        compile = Planner(config, progress.tick).compile
         if config.plan.find_batch:
-            searches = largest_batches(slices, config, planner.compile)
-            results = [one for search in searches if (one := search.best or search.failed)]
+            searches = largest_batches(slices, config, compile)
+        elif config.plan.find_settings:
+            settings = cheapest_settings(slices, config, parsed.explicit, compile)
         else:
-            searches = []
-            results = planner.compile([Wish(one, step) for _, step in steps for one in slices])
+            wishes = [(name, Wish(one, step)) for one in slices for name, step in steps]
+            results = compile([wish for _, wish in wishes])
+            rows = [Row(name, one) for (name, _), one in zip(wishes, results, strict=True)]
+    if config.plan.find_batch:
+        return _print_batches(config, searches)
+    if config.plan.find_settings:
+        return _print_settings(config, settings)
+    return _print_rows(config, rows)
+
+
+def _print_rows(config: PlanConfig, rows: list[Row]) -> int:
+    results = [row.compiled for row in rows]
+    compared = bool(config.plan.compare)
     if config.plan.json:
-        print(json.dumps([facts(compiled) for compiled in results], indent=2))
-    elif len(steps) > 1:
-        names = [name for name, _ in steps for _ in slices]
-        print(f"{headline(config)}\n\n{table(list(zip(names, results, strict=True)))}")
+        print(json.dumps([{"step": row.name} | facts(row.compiled) for row in rows], indent=2))
+    elif compared:
+        print(f"{headline(config)}\n\n{table(rows)}")
     else:
-        print("\n\n".join([headline(config), *map(report, results), *map(_ended, searches)]))
-    return int(not all(compiled.fits for compiled in results))
+        print("\n\n".join([headline(config), *map(report, results)]))
+    if not compared:
+        return int(not all(one.fits for one in results))
+    # That a variant does not fit, or cannot be on a slice, is what the table is for.
+    given = all(row.compiled.fits for row in rows if row.name == AS_GIVEN)
+    return int(not given or any(one.trouble and not one.refused for one in results))
+
+
+def _print_batches(config: PlanConfig, searches: list[Search]) -> int:
+    results = [(search, one) for search in searches if (one := search.result)]
+    if config.plan.json:
+        print(json.dumps([facts(one) | {"search": search.ended()} for search, one in results], indent=2))
+    else:
+        print("\n\n".join([headline(config), *(report(one) for _, one in results), *(s.ended() for s in searches)]))
+    return int(any(search.best is None or search.stopped for search in searches))
+
+
+def _print_settings(config: PlanConfig, searches: list[SettingSearch]) -> int:
+    if config.plan.json:
+        print(json.dumps([search.facts() for search in searches], indent=2))
+    else:
+        tables = [table([Row(name, one) for name, one in search.rows()]) for search in searches]
+        print("\n\n".join([headline(config), *tables, *(search.ended() for search in searches)]))
+    return int(any(search.best() is None or search.stopped for search in searches))
 
 
 def installation_mistakes() -> list[str]:
@@ -59,12 +93,14 @@ def installation_mistakes() -> list[str]:
     return mistakes
 
 
-def _slices(steps: list[tuple[str, PlanConfig]], mistakes: list[str]) -> list[Topology]:
-    """The slices that --tpu names. Raises `UserError` with the given mistakes and those of each step on each slice."""
+def _slices(config: PlanConfig, mistakes: list[str]) -> list[Topology]:
+    """The slices that --tpu names. Raises `UserError` with the given mistakes and those of the given step on each slice."""
     mistakes = list(mistakes)
-    options = steps[0][1].plan
-    if options.find_batch and options.compare:
-        mistakes.append("--find-batch looks for one batch, --compare compares given ones; use one of them")
+    options = config.plan
+    modes = {"--find-batch": options.find_batch, "--find-settings": options.find_settings, "--compare": options.compare}
+    asked = [flag for flag, value in modes.items() if value]
+    if len(asked) > 1:
+        mistakes.append(f"{' and '.join(asked)} answer different questions; use one of them at a time")
     if not options.tpu:
         mistakes.append("--tpu needs a slice, such as v3-8")
     for flag, value in (("--tokens", options.tokens), ("--time-limit", options.time_limit), ("--jobs", options.jobs)):
@@ -77,37 +113,10 @@ def _slices(steps: list[tuple[str, PlanConfig]], mistakes: list[str]) -> list[To
         except UserError as error:
             mistakes += error.mistakes
     if not options.find_batch:
-        for name, step in steps:
-            where = "" if name == AS_GIVEN else f"--compare {name!r}: "
-            mistakes += [where + mistake for one in slices for mistake in _slice_mistakes(step, one)]
+        mistakes += [f"{one.name}: {mistake}" for one in slices for mistake in division_mistakes(config, one)]
     if mistakes:
         raise UserError(mistakes)
     return slices
-
-
-def _slice_mistakes(config: PlanConfig, one: Topology) -> list[str]:
-    """Why the step cannot be spread over a slice."""
-    if config.runtime.sharding == "none":
-        found = replica_mistakes(config, one.devices)
-    else:
-        try:
-            found = mesh_mistakes(config, config.runtime.mesh, one.devices, 1)
-        except UserError:  # of --mesh itself, which validation.py has told
-            return []
-    return [f"{one.name}: {mistake}" for mistake in found if not mistake.startswith("--eval-batch-size")]
-
-
-def _ended(search: Search) -> str:
-    """Where a search ended."""
-    if search.best is None:
-        return f"{search.slice.name}: not even {search.unit} sequences fit"
-    largest = search.best.wish.config.data.train_batch_size
-    above = search.failed
-    text = f"{search.slice.name}: --train-batch-size {largest} is the largest that fits"
-    if above is None:
-        return text
-    why = above.failure and f" ({above.failure})"
-    return f"{text}; {above.wish.config.data.train_batch_size} does not{why}"
 
 
 class _Progress:

@@ -2,18 +2,23 @@
 
 libtpu may abort, take long or hold gigabytes, so the caller starts this file as a process with a time limit. All private
 jax calls of the project are here; checked on jax 0.7.1 and libtpu 0.0.21.
+
+The public way, jax.jit(jax.export.Exported(…).call).lower(…).compile(), was tried: it keeps donation and memory statistics, but
+compiles for one replica only ("No such compile option: 'num_replicas'"), and needs private calls to read HLO and shardings too.
 """
 
 import gzip
 import json
 import os
+import resource
 import sys
-from dataclasses import asdict, dataclass, field
+import time
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from gpt2_xla.durable_files import atomic_write
-from gpt2_xla.runtime.xla_launch import die_with
+from gpt2_xla.runtime.orphans import die_with
 
 # The compiler looks for a TPU VM's metadata server and hosts unless told that there is none.
 ENVIRONMENT = {
@@ -53,6 +58,8 @@ class Answer:
     temporaries: int = 0
     code: int = 0
     flops: float = 0.0  # the compiler's count, which takes a loop's body once and a kernel as nothing
+    seconds: float = 0.0  # that compiling took
+    host_memory: int = 0  # of this machine, at the fullest moment of compiling
 
     @property
     def peak(self) -> int:
@@ -83,7 +90,7 @@ def compile_request(request: Request) -> Answer:
     except Exception as error:  # noqa: BLE001 - XLA's error types differ between versions; the text is the answer
         return Answer(error=str(error))
     if request.hlo:
-        with atomic_write(Path(request.hlo)) as file:  # it may be a cache's
+        with atomic_write(Path(request.hlo)) as file:
             file.write(gzip.compress(executable.hlo_modules()[0].to_string().encode(), 3))
     memory = executable.get_compiled_memory_stats()
     return Answer(
@@ -138,9 +145,12 @@ def main() -> None:
     request = Request(**json.loads(Path(sys.argv[1]).read_text()))
     os.environ.update(ENVIRONMENT)
     die_with(os.getppid())
-    answer = json.dumps(asdict(compile_request(request)))
+    began = time.monotonic()
+    answer = compile_request(request)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    answer = replace(answer, seconds=time.monotonic() - began, host_memory=memory)
     with atomic_write(Path(request.answer)) as file:
-        file.write(answer.encode())
+        file.write(json.dumps(asdict(answer)).encode())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-JOB_MEMORY = 4e9  # bytes to keep for one compilation: GPT-2 124M took 3.7 GB
 POLL = 0.1  # seconds
 
 
@@ -25,11 +24,13 @@ class Job:
     module: str
     file: Path
     answer: Path
+    memory: float = 1e9  # bytes that it will take, roughly
     failure: str = ""  # why there is no answer
     seconds: float = 0.0  # that it ran
     _process: subprocess.Popen | None = field(default=None, repr=False)
     _errors: Path = Path()
     _began: float = 0.0
+    _held: int = 0  # bytes of memory, the most that was seen
 
     def start(self) -> None:
         """Start the process, in a group of its own."""
@@ -50,15 +51,29 @@ class Job:
         """Whether it came to its end, or to its time limit's."""
         assert self._process is not None
         self.seconds = time.monotonic() - self._began
+        self._held = max(self._held, self._resident())
         code = self._process.poll()
         if code is None and self.seconds <= limit:
             return False
         if code is None:
             self.failure = f"did not end within {limit:.0f} s and was killed; a longer --time-limit may help"
         elif not self.answer.exists():
-            self.failure = _how_it_ended(code, self._errors.read_text(errors="replace"))
+            self.failure = _how_it_ended(code, self._errors.read_text(errors="replace"), self._held)
         self.kill()
         return True
+
+    def _resident(self) -> int:
+        """Bytes of memory that it holds now."""
+        assert self._process is not None
+        try:
+            return int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except (OSError, IndexError):  # it has ended
+            return 0
+
+    @property
+    def to_come(self) -> float:
+        """Bytes of memory that it will take yet."""
+        return max(0.0, self.memory - self._held)
 
     def kill(self) -> None:
         """End it with all that it started."""
@@ -70,12 +85,17 @@ class Job:
         self._errors.unlink(missing_ok=True)
 
 
-def run_jobs(jobs: list[Job], at_a_time: int, limit: float, tick: Callable[[list[Job], int], None]) -> Iterator[Job]:
-    """Run them, yield each as it ends; `tick` hears now and then what runs and how many have ended."""
+def run_jobs(
+    jobs: list[Job], at_a_time: int | None, limit: float, tick: Callable[[list[Job], int], None]
+) -> Iterator[Job]:
+    """Run them, yield each as it ends; `tick` hears now and then what runs and how many have ended.
+
+    Without `at_a_time`, as many as there are cores and memory for; one alone is always tried.
+    """
     waiting, running, ended = list(jobs), list[Job](), 0
     try:
         while waiting or running:
-            while waiting and len(running) < at_a_time:
+            while waiting and _has_room(waiting[0], running, at_a_time):
                 job = waiting.pop(0)
                 running.append(job)
                 job.start()
@@ -90,18 +110,31 @@ def run_jobs(jobs: list[Job], at_a_time: int, limit: float, tick: Callable[[list
             job.kill()
 
 
-def parallel_jobs() -> int:
-    """Compilations that cores and free memory allow at a time."""
+def _has_room(job: Job, running: list[Job], at_a_time: int | None) -> bool:
+    if at_a_time is not None:
+        return len(running) < at_a_time
+    if not running:
+        return True
+    fits = job.memory + sum(one.to_come for one in running) <= free_memory()
+    return fits and len(running) < len(os.sched_getaffinity(0))
+
+
+def free_memory() -> float:
+    """Bytes that new processes could take without swapping."""
     available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-    by_memory = int(int(available[1]) * 1024 // JOB_MEMORY) if available else 1
-    return max(1, min(len(os.sched_getaffinity(0)), by_memory))
+    return int(available[1]) * 1024 if available else 0.0
 
 
-def _how_it_ended(code: int, errors: str) -> str:
-    """A sentence on a process that left no answer."""
-    if code == -signal.SIGKILL:
-        return "was killed; this machine's memory was too small for it, most likely (--jobs 1 leaves it all of it)"
+def _how_it_ended(code: int, errors: str, held: int) -> str:
+    """A sentence on a process that left no answer and held that many bytes of memory."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    if code == -signal.SIGKILL or any(
+        re.search("bad_alloc|Cannot allocate memory|MemoryError", line) for line in lines
+    ):
+        return (
+            f"{'was killed' if code == -signal.SIGKILL else 'ended'} when it held {held / 1e9:.1f} GB; this machine's memory "
+            "was too small for it, most likely (--jobs 1 leaves it all of it)"
+        )
     telling = [line for line in lines if "rror" in line or line.startswith("F")]
     last = (telling or lines or ["it said nothing"])[-1][:500]
     return f"{'crashed with ' + signal.Signals(-code).name if code < 0 else 'failed'}: {last}"

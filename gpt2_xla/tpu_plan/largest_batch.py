@@ -1,4 +1,4 @@
-"""The largest --train-batch-size that fits a slice, by compiling: doubled until one does not fit, then halving the gap."""
+"""--find-batch: the largest --train-batch-size that fits a slice, doubled until one does not fit, then halving the gap."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,15 +20,22 @@ class Search:
     config: PlanConfig
     best: Compiled | None = None
     failed: Compiled | None = None  # the smallest that does not fit
+    stopped: Compiled | None = None  # of which nothing is known, such as one that took too long
 
     @property
     def unit(self) -> int:
         """Sequences that a batch can grow by."""
-        runtime, devices = self.config.runtime, self.slice.devices
-        return devices if runtime.sharding == "none" else mesh_shape(runtime.mesh, devices).row_shards
+        return batch_unit(self.config, self.slice)
+
+    @property
+    def result(self) -> Compiled | None:
+        """What to report in full."""
+        return self.best or self.failed or self.stopped
 
     def next(self) -> Wish | None:
         """What to compile now; None at the end."""
+        if self.stopped:
+            return None
         low = self.best.wish.config.data.train_batch_size // self.unit if self.best else 0
         high = self.failed.wish.config.data.train_batch_size // self.unit if self.failed else None
         if high is None:
@@ -44,8 +51,33 @@ class Search:
         """What became of the last wish."""
         if compiled.fits:
             self.best = compiled
-        else:  # a compilation that failed otherwise says that larger ones are no use either
+        elif compiled.shortage:
             self.failed = compiled
+        else:  # a crash or a time limit says nothing of HBM
+            self.stopped = compiled
+
+    def ended(self) -> str:
+        """Where the search ended."""
+        fits = f"--train-batch-size {_size(self.best)}" if self.best else ""
+        if self.stopped:
+            so_far = f"; {fits} fits" if fits else ""
+            so_far += f"; {_size(self.failed)} does not" if self.failed else ""
+            return f"{self.slice.name}: the search stopped at {_size(self.stopped)}: {self.stopped.trouble}{so_far}"
+        if not fits:
+            return f"{self.slice.name}: not even {self.unit} sequences fit"
+        above = f"; {_size(self.failed)} does not" if self.failed else ""
+        return f"{self.slice.name}: {fits} is the largest that fits{above}"
+
+
+def _size(compiled: Compiled) -> int:
+    return compiled.wish.config.data.train_batch_size
+
+
+def batch_unit(config: PlanConfig, slice: Topology) -> int:
+    """Sequences that the slice's devices can divide among themselves at least."""
+    if config.runtime.sharding == "none":
+        return slice.devices
+    return mesh_shape(config.runtime.mesh, slice.devices).row_shards
 
 
 def largest_batches(

@@ -1,6 +1,5 @@
 """What a compilation means for the user: does it fit, how fast can it be at best, what would a training cost."""
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,19 +9,7 @@ from gpt2_xla.tpu_plan.plan import Compiled
 
 GIB = 2**30
 LARGEST_MOVERS = 10
-LARGEST_BUFFERS = 5
-USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
-BUFFER = re.compile(r"Size: (\S+)\s+(?:Operator: (.*)\s+)?Shape: ([^\s{]+)")
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-@dataclass(frozen=True)
-class Shortage:
-    """Why a program does not fit: bytes, and the largest buffers at the fullest moment."""
-
-    needed: float
-    usable: float
-    buffers: tuple[str, ...]
+RESOURCES = {"compute": "matrix units", "hbm": "HBM", "interconnect": "links"}
 
 
 @dataclass(frozen=True)
@@ -33,19 +20,6 @@ class Speed:
     flops: float  # of a device's step
     tokens_per_second: float  # of the slice
     mfu: float
-
-
-def shortage(error: str) -> Shortage | None:
-    """What the compiler says of a program that does not fit; None if that is not what it says."""
-    found = USED.search(error)
-    if found is None:
-        return None
-    needed, usable = (float(found[i]) * UNITS[found[i + 1]] for i in (1, 3))
-    buffers = [
-        f"{size} {shape}" + (f" {name[1]}" if (name := re.search(r'op_name="([^"]*)"', operator or "")) else "")
-        for size, operator, shape in BUFFER.findall(error)
-    ]
-    return Shortage(needed, usable, tuple(buffers[:LARGEST_BUFFERS]))
 
 
 def speed(compiled: Compiled) -> Speed:
@@ -71,13 +45,17 @@ def facts(compiled: Compiled) -> dict[str, Any]:
         "chips": target.chips,
         "devices": target.devices,
         "train_batch_size": config.data.train_batch_size,
+        "gradient_accum_step": config.data.gradient_accum_step,
         "usable_hbm": target.device.hbm,
         "fits": compiled.fits,
     }
+    if compiled.refused:
+        return known | {"refused": compiled.refused}
     if compiled.failure:
         return known | {"fits": None, "failure": compiled.failure}
     if compiled.answer.error:
-        short = shortage(compiled.answer.error)
+        short = compiled.shortage
+        known["compilation"] = _compilation(compiled)
         return known | (
             {"needed": short.needed, "largest": short.buffers} if short else {"error": compiled.answer.error}
         )
@@ -102,5 +80,11 @@ def facts(compiled: Compiled) -> dict[str, Any]:
         "days": [days.least, days.most],
         "dollars": [n * 24 * target.chips * price for n in (days.least, days.most)] if price is not None else None,
         "program": str(compiled.program),
+        "compilation": _compilation(compiled),
         "ran": False,
     }
+
+
+def _compilation(compiled: Compiled) -> dict[str, float]:
+    """What compiling took, when that was done."""
+    return {"seconds": compiled.answer.seconds, "host_memory": compiled.answer.host_memory}

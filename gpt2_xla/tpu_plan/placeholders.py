@@ -10,7 +10,7 @@ from torch_xla.core.xla_builder import create_placeholder_tensor
 
 from gpt2_xla.config import XlaConfig, XlaPretrainConfig
 from gpt2_xla.runtime.mesh import Layout, MeshShape
-from gpt2_xla.runtime.stop_signals import StopSignals
+from gpt2_xla.runtime.stop_signals import StopRequest
 from gpt2_xla.runtime.xla_partition import Partition, partition_spec
 from gpt2_xla.runtime.xla_runtime import XlaRuntime
 from gpt2_xla.runtime.xla_spmd_runtime import XlaSpmdRuntime
@@ -77,7 +77,7 @@ class PlanReplica(Placeholders):
     """One of `devices` replicas."""
 
     def __init__(self, config: XlaConfig, devices: int, kind: str) -> None:
-        super().__init__(config, StopSignals())
+        super().__init__(config, StopRequest())
         self.held, self.kind = {}, kind
         self.world_size = self.device_count = self.row_parts = devices
 

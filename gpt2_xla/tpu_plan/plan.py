@@ -1,27 +1,27 @@
 """Trace the step, compile it for each slice, remember what the compiler said."""
 
-import gzip
 import hashlib
-import importlib.metadata
 import json
-import os
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gpt2_xla.config import to_dict
 from gpt2_xla.script_config import PlanConfig
+from gpt2_xla.tpu_plan.cache import PlanCache, read_program
 from gpt2_xla.tpu_plan.compiler import Answer, Request
-from gpt2_xla.tpu_plan.hlo import Program
-from gpt2_xla.tpu_plan.jobs import Job, parallel_jobs, run_jobs
+from gpt2_xla.tpu_plan.jobs import Job, run_jobs
+from gpt2_xla.tpu_plan.refusals import refusals
+from gpt2_xla.tpu_plan.shortage import Shortage, shortage
 from gpt2_xla.tpu_plan.topology import Topology
 from gpt2_xla.tpu_plan.tracing import Trace, TraceRequest
 from gpt2_xla.tpu_plan.traffic import Traffic, count_traffic
 
 TRACE_LIMIT = 300.0  # seconds; GPT-2 124M takes 6
-COMPILER = ("libtpu", "jax", "jaxlib")  # packages that decide what a program becomes
+TRACE_MEMORY = 1e9  # bytes; GPT-2 1.5B takes 0.8
+# Bytes that compiling takes, and for each layer: GPT-2 124M takes 3.7 GB, 1.5B about 12, by the length of their programs.
+COMPILE_MEMORY, LAYER_MEMORY = 1e9, 0.23e9
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Compiled:
 
     wish: Wish
     failure: str = ""  # why the compiler said nothing
+    refused: str = ""  # why it was not asked
     answer: Answer = Answer()
     parameters: int = 0
     program: Path | None = None  # file of the scheduled program's text (gzip); None where there is none
@@ -52,34 +53,57 @@ class Compiled:
     @property
     def fits(self) -> bool:
         """Whether the slice can run it."""
-        return not self.failure and not self.answer.error
+        return not self.failure and not self.refused and not self.answer.error
+
+    @property
+    def shortage(self) -> Shortage | None:
+        """By how much it does not fit; None if it fits, or if nothing is known."""
+        return shortage(self.answer.error)
+
+    @property
+    def trouble(self) -> str:
+        """Why it is not known whether it fits; empty if it is."""
+        if self.refused:
+            return f"refused: {self.refused}"
+        return self.failure or (
+            "" if self.fits or self.shortage else f"the compiler refused: {self.answer.error[:300]}"
+        )
 
 
 class Planner:
     """Compiles wishes, keeping what it learnt in a folder."""
 
     def __init__(self, config: PlanConfig, tick: Callable[[str, list[Job], int, int], None]) -> None:
-        self._cache = Path(config.plan.plan_cache).expanduser()
-        self._cache.mkdir(parents=True, exist_ok=True)
+        self._cache = PlanCache(Path(config.plan.plan_cache).expanduser())
         self._limit = float(config.plan.time_limit)
-        self._at_a_time = config.plan.jobs or parallel_jobs()
+        self._at_a_time = config.plan.jobs
         self._tick = tick
 
     def compile(self, wishes: list[Wish]) -> list[Compiled]:
-        """All of them, in their order."""
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
+        """All of them, in their order. What has ended is kept, also when the others are interrupted."""
+        reasons = ["; ".join(refusals(wish.config, wish.slice)) for wish in wishes]
+        possible = iter(self._compile_all([wish for wish, why in zip(wishes, reasons, strict=True) if not why]))
+        return [
+            Compiled(wish, refused=why) if why else next(possible) for wish, why in zip(wishes, reasons, strict=True)
+        ]
+
+    def _compile_all(self, wishes: list[Wish]) -> list[Compiled]:
+        with self._cache.workspace() as folder:
             traces = self._trace({wish.key: wish for wish in wishes}, folder)
-            requests = [
-                None
-                if traces[wish.key].failure
-                else self._request(wish, folder / f"{wish.key}.pb", _read_trace(traces[wish.key]))
-                for wish in wishes
-            ]
-            failures = self._compile({request.answer: request for request in requests if request}, folder)
+            keys: list[str] = []
+            requests: dict[str, tuple[Request, Wish]] = {}
+            for wish in wishes:
+                job = traces[wish.key]
+                if job.failure:
+                    keys.append("")
+                    continue
+                request = _request(wish, folder / f"{wish.key}.pb", _read_trace(job))
+                keys.append(self._cache.key(request, _read_trace(job).digest))
+                requests[keys[-1]] = request, wish
+            answers = self._compile(requests, folder)
             return [
-                self._result(wish, traces[wish.key], request, failures)
-                for wish, request in zip(wishes, requests, strict=True)
+                self._result(wish, traces[wish.key], key, answers.get(key))
+                for wish, key in zip(wishes, keys, strict=True)
             ]
 
     def _trace(self, wishes: dict[str, Wish], folder: Path) -> dict[str, Job]:
@@ -94,60 +118,64 @@ class Planner:
                 str(answer),
             )
             file.write_text(json.dumps(asdict(request)))
-            jobs[key] = Job("tracing", "gpt2_xla.tpu_plan.tracing", file, answer)
+            jobs[key] = Job("tracing", "gpt2_xla.tpu_plan.tracing", file, answer, TRACE_MEMORY)
         for _ in self._run("tracing", list(jobs.values()), TRACE_LIMIT):
             pass
         return jobs
 
-    def _request(self, wish: Wish, program: Path, trace: Trace) -> Request:
-        """The compiler's request; its files in the cache have the name of what decides their contents."""
-        sharded, devices = wish.config.runtime.sharding == "fsdp", wish.slice.devices
-        request = Request(
-            str(program),
-            wish.slice.compiler_name,
-            wish.slice.options,
-            donated=[number for number, name in enumerate(trace.arguments) if name not in ("", "batch")],
-            replicas=1 if sharded else devices,
-            partitions=devices if sharded else 1,
-            argument_shardings=list(trace.argument_shardings),
-            result_shardings=list(trace.result_shardings),
-        )
-        versions = [importlib.metadata.version(name) for name in COMPILER]
-        facts = [asdict(replace(request, program="")), versions, os.environ.get("LIBTPU_INIT_ARGS", "")]
-        key = hashlib.sha256(json.dumps(facts).encode() + program.read_bytes()).hexdigest()[:24]
-        return replace(request, hlo=str(self._cache / f"{key}.hlo.gz"), answer=str(self._cache / f"{key}.json"))
+    def _compile(self, requests: dict[str, tuple[Request, Wish]], folder: Path) -> dict[str, Answer | str]:
+        """An answer for each request, or why there is none; what is not known yet is compiled."""
+        found: dict[str, Answer | str] = {}
+        jobs: dict[Path, tuple[str, Request]] = {}
+        todo = []
+        for key, (request, wish) in requests.items():
+            if known := self._cache.find(key):
+                found[key] = known
+                continue
+            file, answer = folder / f"{key}.request", folder / f"{key}.json"
+            placed = replace(request, hlo=str(folder / f"{key}.hlo.gz"), answer=str(answer))
+            file.write_text(json.dumps(asdict(placed)))
+            todo.append(Job(request.topology, "gpt2_xla.tpu_plan.compiler", file, answer, compile_memory(wish.config)))
+            jobs[file] = key, placed
+        for job in self._run("compiling", todo, self._limit):
+            key, placed = jobs[job.file]
+            found[key] = f"the compiler {job.failure}" if job.failure else self._cache.keep(key, placed)
+        return found
 
-    def _compile(self, requests: dict[str, Request], folder: Path) -> dict[str, str]:
-        """Compile what is not known yet; why some did not, by their answers' files."""
-        jobs = []
-        for answer, request in requests.items():
-            if not Path(answer).exists():
-                file = folder / f"{Path(answer).stem}.request"
-                file.write_text(json.dumps(asdict(request)))
-                jobs.append(Job(request.topology, "gpt2_xla.tpu_plan.compiler", file, Path(answer)))
-        return {str(job.answer): job.failure for job in self._run("compiling", jobs, self._limit) if job.failure}
-
-    def _run(self, what: str, jobs: list[Job], limit: float) -> list[Job]:
-        return list(
-            run_jobs(jobs, self._at_a_time, limit, lambda running, ended: self._tick(what, running, ended, len(jobs)))
+    def _run(self, what: str, jobs: list[Job], limit: float) -> Iterator[Job]:
+        return run_jobs(
+            jobs, self._at_a_time, limit, lambda running, ended: self._tick(what, running, ended, len(jobs))
         )
 
-    def _result(self, wish: Wish, trace: Job, request: Request | None, failures: dict[str, str]) -> Compiled:
-        if request is None:
+    def _result(self, wish: Wish, trace: Job, key: str, answer: Answer | str | None) -> Compiled:
+        if answer is None:
             return Compiled(wish, failure=f"the step could not be traced: {trace.failure}")
         parameters = _read_trace(trace).parameters
-        if request.answer in failures:
-            return Compiled(wish, f"the compiler {failures[request.answer]}", parameters=parameters)
-        answer = Answer(**json.loads(Path(request.answer).read_text()))
+        if isinstance(answer, str):
+            return Compiled(wish, answer, parameters=parameters)
         if answer.error:
-            return Compiled(wish, "", answer, parameters)
-        program = Path(request.hlo)
-        return Compiled(wish, "", answer, parameters, program, count_traffic(read_program(program)))
+            return Compiled(wish, answer=answer, parameters=parameters)
+        program = self._cache.program(key)
+        return Compiled(wish, "", "", answer, parameters, program, count_traffic(read_program(program)))
 
 
-def read_program(file: Path) -> Program:
-    """A program that the cache keeps."""
-    return Program(gzip.decompress(file.read_bytes()).decode())
+def compile_memory(config: PlanConfig) -> float:
+    """Bytes of this machine's memory to keep for a compilation. A loop over the layers holds one of them."""
+    return COMPILE_MEMORY + LAYER_MEMORY * (1 if config.runtime.scan_layers else config.model.num_layers)
+
+
+def _request(wish: Wish, program: Path, trace: Trace) -> Request:
+    sharded, devices = wish.config.runtime.sharding == "fsdp", wish.slice.devices
+    return Request(
+        str(program),
+        wish.slice.compiler_name,
+        wish.slice.options,
+        donated=[number for number, name in enumerate(trace.arguments) if name not in ("", "batch")],
+        replicas=1 if sharded else devices,
+        partitions=devices if sharded else 1,
+        argument_shardings=list(trace.argument_shardings),
+        result_shardings=list(trace.result_shardings),
+    )
 
 
 def _read_trace(job: Job) -> Trace:

@@ -14,7 +14,7 @@ from gpt2_xla.model import GPT
 def make_reference(model: GPT) -> None:
     """Have a placed model compute in that way; autocast decides the dtypes, as it does there."""
     model.use(attend=masked_attention, fuses=False)
-    model.loss_chunk = 0
+    model.loss_chunk, model.residual_dtype = 0, None
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.forward = written_out.__get__(module)  # type: ignore[method-assign]

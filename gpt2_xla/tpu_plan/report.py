@@ -5,11 +5,12 @@ from collections.abc import Iterator
 
 from gpt2_xla.script_config import PlanConfig
 from gpt2_xla.tpu_plan.estimate import REACHED, training_days
-from gpt2_xla.tpu_plan.outcome import GIB, LARGEST_MOVERS, Shortage, Speed, shortage, speed
+from gpt2_xla.tpu_plan.outcome import GIB, LARGEST_MOVERS, RESOURCES, Speed, speed
 from gpt2_xla.tpu_plan.plan import Compiled
+from gpt2_xla.tpu_plan.shortage import Shortage
 from gpt2_xla.tpu_plan.traffic import Mover, Traffic
 
-RESOURCES = {"compute": "the matrix units", "hbm": "HBM", "interconnect": "the links between chips"}
+ERROR_LENGTH = 600  # characters of what the compiler says that are worth reading
 
 
 def headline(config: PlanConfig) -> str:
@@ -40,11 +41,13 @@ def _title(compiled: Compiled) -> str:
 
 def _lines(compiled: Compiled) -> Iterator[tuple[str, str]]:
     usable = f"{compiled.wish.slice.device.hbm / GIB:.2f} GiB"
-    if compiled.failure:
+    if compiled.refused:
+        yield "refused", compiled.refused
+    elif compiled.failure:
         yield "not known", compiled.failure
     elif compiled.answer.error:
-        short = shortage(compiled.answer.error)
-        yield from _short_lines(short) if short else iter([("refused", compiled.answer.error)])
+        short = compiled.shortage
+        yield from _short_lines(short) if short else iter([("refused", _short(compiled.answer.error))])
     else:
         answer = compiled.answer
         yield (
@@ -81,7 +84,7 @@ def _speed_lines(traffic: Traffic, fast: Speed) -> Iterator[tuple[str, str]]:
     yield "links", f"{limits.interconnect * 1e3:,.1f} ms: {sent or 'nothing'}"
     yield (
         "bound",
-        f"{fast.tokens_per_second:,.0f} tokens/s on the slice, {fast.mfu:.1%} MFU, set by {RESOURCES[limits.limit]}",
+        f"{fast.tokens_per_second:,.0f} tokens/s on the slice, {fast.mfu:.1%} MFU, set by the {RESOURCES[limits.limit]}",
     )
 
 
@@ -99,3 +102,8 @@ def _mover_lines(movers: list[Mover]) -> Iterator[tuple[str, str]]:
     for i, mover in enumerate(movers):
         amount = f"{mover.bytes / 1e9:7.2f} GB in {mover.count:4d} × "
         yield "moves most" if i == 0 else "", f"{amount}{mover.what}  {mover.source}"
+
+
+def _short(error: str) -> str:
+    """The beginning of what the compiler said: a whole complaint lists each buffer and can be a megabyte."""
+    return error if len(error) <= ERROR_LENGTH else error[:ERROR_LENGTH] + " …"

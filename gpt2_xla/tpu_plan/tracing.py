@@ -4,15 +4,17 @@ The runtimes are those of training, except that weights, optimizer state and bat
 data. That takes a process of its own, since a process can hold one set of XLA devices. Checked on torch_xla 2.9.0.
 """
 
+import hashlib
 import json
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gpt2_xla.config import XlaPretrainConfig
-from gpt2_xla.runtime.xla_launch import die_with
+from gpt2_xla.runtime.orphans import die_with
 
 # One process stands for one replica, or drives as many virtual devices as the slice has; they never compute anything.
 ENVIRONMENT = {
@@ -21,8 +23,11 @@ ENVIRONMENT = {
     "XLA_ALWAYS_ALLREDUCE": "1",  # though there is one replica here
     "XLA_IR_DEBUG": "1",  # which line of Python asked for an operation
     "XLA_HLO_DEBUG": "1",
+    "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",  # a kernel would carry the paths of this machine, and never be the same
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
+# What a program says of the files that it came from, in protobuf's text.
+ORIGIN = re.compile(r"^ *(?:source_\w+|stack_frame_id): .*\n|^stack_frame_index \{\n(?: .*\n)*\}\n", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Trace:
     argument_shardings: list[str]
     result_shardings: list[str]
     parameters: int  # of the model
+    digest: str  # the same for the same program, wherever its source lies and on whichever lines
 
 
 def trace(request: TraceRequest) -> Trace:
@@ -81,6 +87,7 @@ def trace(request: TraceRequest) -> Trace:
         argument_shardings=[shardings.get(names.get(i, ""), REPLICATED) for i in range(count)] if shardings else [],
         result_shardings=runtime.result_shardings(results),
         parameters=parameter_count(model),
+        digest=hashlib.sha256(ORIGIN.sub("", context.hlo_text()).encode()).hexdigest(),
     )
 
 
