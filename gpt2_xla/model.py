@@ -39,12 +39,13 @@ class GPT(nn.Module):
         if self.config.tie_weights:
             self.lm_head.weight = self.wte.weight
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of the tokens (B, T); with targets (B, T), their mean loss in nats (a float32 scalar).
 
-        A target of -100 is not counted.
+        A target of -100 is not counted. `positions` (T,) or (B, T) are those of the tokens; default: 0 to T - 1.
         """
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.drop(self.wte(tokens) + self.wpe(positions)).to(self.residual_dtype)  # (B, T) -> (B, T, C)
         x = self.ln_f(self.run_blocks(self.blocks, x))
         if targets is None:
