@@ -174,6 +174,8 @@ def train(run: Run) -> None:
         batches.close()
         profile.close()
     log.pause()
+    if stopped and guard.verdict is None:
+        guard.rolled_back(run.step)  # the last window too: what spiked shall not be saved as good
     run.metrics.say(f"trained on {epochs_text(run.data.train.epochs(run.samples))}")
     if stopped or (_validation_due(run) and not run.validated):
         stop(run)

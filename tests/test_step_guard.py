@@ -139,6 +139,23 @@ def test_a_spike_takes_the_run_back_and_its_data_is_left_out(train, tmp_path):
     assert "every token once an epoch, in order, but for what was left out" in summary
 
 
+def test_a_spike_in_the_last_window_before_a_stop_is_not_saved(train, tmp_path, monkeypatch):
+    flags = [*SPIKY, "--train-dir", write_spiky_data(tmp_path)]
+    asked = iter([*[False] * 18, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchRuntime, "should_stop", lambda _: next(asked))
+        status, printed = train(*flags)
+    assert status == 0
+    assert "back to step 16" in printed
+    assert "stopped at step 16 of 24" in printed
+    folder = tmp_path / "run"
+    assert checkpoint.checkpoints(folder)[0].name == "step-00000016"
+    status, printed = train(*flags)  # meets the noise again, and leaves it out
+    assert status == 0
+    assert "back to step 16, 16 sequences are skipped" in printed
+    assert verify_run(VerifyRunConfig(), folder)[1] == []
+
+
 def test_rollbacks_that_do_not_help_stop_the_run_at_the_checkpoint(train, tmp_path):
     data = write_spiky_data(tmp_path, noise_ends=60)
     status, printed = train(*SPIKY, "--train-dir", data)
