@@ -102,7 +102,7 @@ class OurLoop:
 
         model = build_model(config.model, config.runtime.loss_chunk, config.run.seed, config.runtime.vocab_multiple)
         self.parameters = parameter_count(model)
-        self.flops_per_token = flops_per_token(config.model, self.parameters)
+        self.flops_per_token = flops_per_token(config.model)
         self.data = PretrainingData.open(config, runtime.rank, runtime.world_size)
         forward = runtime.place(model)
         self.run = Run(config, runtime, self.data, model, forward, runtime.build_optimizer(model, config.optim))

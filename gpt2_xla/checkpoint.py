@@ -1,7 +1,8 @@
 """Checkpoints: a Hugging Face model folder with a trainer_state/ beside it; save, find, verify, read, prune.
 
 step-00001000/
-  config.json  model.safetensors        what `transformers` reads (and the tokenizer's files, if it has some)
+  config.json  model.safetensors        what `transformers` reads, if it has such a model (see `hf`); and the
+                                        tokenizer's files, if it has some
   trainer_state/optimizer.safetensors   Adam's moments and step counts, by parameter name; where several processes hold
                                         the state, a file of each: optimizer-RANK-N.safetensors
   trainer_state/state.json              TrainerState
@@ -17,6 +18,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +35,11 @@ from gpt2_xla.tensor_files import Entry, read_tensors
 
 CONFIG, MODEL = "config.json", "model.safetensors"
 OPTIMIZER, STATE = "trainer_state/optimizer.safetensors", "trainer_state/state.json"
+# What config.json and state.json must agree on: all but the dropout, which is no property of the weights.
+MODEL_OF_A_CHECKPOINT = sorted(
+    {field.name for field in dataclasses.fields(ModelConfig)} - {"vocab_size", "d_ff", "num_kv_heads", "dropout"}
+    | {"vocabulary", "hidden_dim", "kv_heads"}
+)
 Kept = TypeVar("Kept")
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
@@ -111,17 +118,16 @@ def save(
 
 
 def _hugging_face_entries(weights: Sequence[Share], config: ModelConfig) -> list[Entry]:
-    """The file that `transformers` reads; each tensor is put together and turned only when its turn comes."""
+    """The file of weights; each tensor is put together and turned only when its turn comes."""
     entries = []
     for name, blocks in by_name(weights).items():
         like = torch.empty(whole_shape(blocks), dtype=blocks[0].data.dtype, device="meta")
 
-        def read(name: str = name, blocks: Sequence[Share] = blocks) -> Tensor:
-            (tensor,) = hf.to_hugging_face({name: put_together(blocks)}, config).values()
-            return tensor
+        def read(theirs: str, name: str = name, blocks: Sequence[Share] = blocks) -> Tensor:
+            return hf.to_hugging_face({name: put_together(blocks)}, config)[theirs]
 
         for theirs, turned in hf.to_hugging_face({name: like}, config).items():  # none for a tied output layer
-            entries.append(Entry(theirs, turned.dtype, tuple(turned.shape), read))
+            entries.append(Entry(theirs, turned.dtype, tuple(turned.shape), partial(read, theirs)))
     return entries
 
 
@@ -176,7 +182,7 @@ def newest_good(run_dir: Path, say: Callable[[str], None], for_resume: bool = Tr
 
 
 def resolve(path: str, say: Callable[[str], None] | None = None, for_resume: bool = False) -> Path:
-    """The folder of weights that a user means: a checkpoint, a run's newest good one, a Hugging Face GPT-2's.
+    """The folder of weights that a user means: a checkpoint, a run's newest good one, a Hugging Face model's.
 
     Tells `say` (default: a warning on standard error) of damaged ones passed over. Raises UserError that starts with the
     path, so that a caller can put its flag before it.
@@ -232,7 +238,7 @@ def _check_model(path: Path) -> None:
     ours = from_dict(ModelConfig, saved) if isinstance(saved, dict) else ModelConfig()
     differs = [
         f"{name} {str(getattr(ours, name))[:40]} instead of {getattr(theirs, name)}"
-        for name in ("vocabulary", "seq_length", "d_model", "num_layers", "num_heads", "hidden_dim", "tie_weights")
+        for name in MODEL_OF_A_CHECKPOINT
         if getattr(ours, name) != getattr(theirs, name)
     ]
     if differs:
@@ -264,9 +270,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     weights = hf.from_hugging_face(read_tensors(path / MODEL), config)
     expected = {
         "wte.weight": (config.vocabulary, config.d_model),
-        "wpe.weight": (config.seq_length, config.d_model),
+        "blocks.0.attn.c_attn.weight": (config.d_model + 2 * config.kv_heads * config.head_dim, config.d_model),
         "blocks.0.mlp.c_fc.weight": (config.hidden_dim, config.d_model),
     }
+    if config.position == "learned":
+        expected["wpe.weight"] = (config.seq_length, config.d_model)
     layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     mistakes = [f"{path / CONFIG} tells of {config.num_layers} layers; {MODEL} has {layers}"]
     mistakes = mistakes if layers != config.num_layers else []

@@ -24,15 +24,45 @@ class ModelConfig:
     d_model: int = option(768, "model dimension C")
     num_layers: int = option(12, "number of transformer blocks")
     num_heads: int = option(12, "attention heads H; must divide --d-model")
-    d_ff: int | None = option(None, "hidden dimension of the MLP; default: 4 x --d-model")
+    num_kv_heads: int | None = option(
+        None,
+        "heads of keys and values, each shared by as many query heads (grouped-query attention); must divide --num-heads; default: --num-heads",
+    )
+    d_ff: int | None = option(
+        None,
+        "hidden dimension of the MLP; default: 4 x --d-model; for swiglu, which has three matrices instead of two, 8/3 x --d-model, up to a multiple of 64",
+    )
     dropout: float = option(0.0, "dropout probability on embeddings, attention weights and residual branches")
-    activation: Literal["gelu", "relu"] = option("gelu", "MLP non-linearity; gelu is GPT-2's tanh approximation")
+    activation: Literal["gelu", "relu", "relu2", "swiglu"] = option(
+        "gelu",
+        "MLP non-linearity; gelu is GPT-2's tanh approximation, relu2 the square of relu, swiglu a second matrix's output times silu of the first's",
+    )
+    position: Literal["learned", "rope"] = option(
+        "learned", "a learned vector per position, as in GPT-2, or rotations of queries and keys (RoPE)"
+    )
+    rope_theta: float = option(10_000.0, "base of the wavelengths of --position rope")
+    norm: Literal["layernorm", "rmsnorm"] = option("layernorm", "normalization before attention, MLP and output layer")
+    norm_eps: float = option(1e-5, "what is added to the variance, or to the mean square, in a normalization")
+    qk_norm: bool = option(False, "RMSNorm of each head's queries and keys, before any rotation")
+    bias: bool = option(True, "biases in linear layers and LayerNorm, as GPT-2 has")
     tie_weights: bool = option(True, "share the token embedding with the output layer, as GPT-2 does")
 
     @property
     def hidden_dim(self) -> int:
         """The MLP's hidden dimension, with the default filled in."""
-        return self.d_ff if self.d_ff is not None else 4 * self.d_model
+        if self.d_ff is not None:
+            return self.d_ff
+        return -(-8 * self.d_model // (3 * 64)) * 64 if self.activation == "swiglu" else 4 * self.d_model
+
+    @property
+    def head_dim(self) -> int:
+        """Dimension D of a head."""
+        return self.d_model // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values, with the default filled in."""
+        return self.num_kv_heads if self.num_kv_heads is not None else self.num_heads
 
     @property
     def vocabulary(self) -> int:
@@ -40,15 +70,20 @@ class ModelConfig:
         return self.vocab_size if self.vocab_size is not None else 50257
 
 
+_GPT2: dict[str, Any] = dict(position="learned", norm="layernorm", activation="gelu", qk_norm=False, bias=True)
+_MODERN: dict[str, Any] = dict(position="rope", norm="rmsnorm", activation="swiglu", qk_norm=True, bias=False)
+
 # Sizes from the GPT-2 paper, table 2, with the head counts of the released models. `tiny` is for laptops.
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": dict(seq_length=128, d_model=192, num_layers=4, num_heads=4),
-    "gpt2": dict(seq_length=1024, d_model=768, num_layers=12, num_heads=12),
+    "tiny": dict(seq_length=128, d_model=192, num_layers=4, num_heads=4, **_GPT2),
+    "gpt2": dict(seq_length=1024, d_model=768, num_layers=12, num_heads=12, **_GPT2),
     # As many parameters and FLOPs, but heads of D = 128, the width of a TPU's matrix unit: 64 leaves half of it idle.
-    "gpt2-6h": dict(seq_length=1024, d_model=768, num_layers=12, num_heads=6),
-    "gpt2-medium": dict(seq_length=1024, d_model=1024, num_layers=24, num_heads=16),
-    "gpt2-large": dict(seq_length=1024, d_model=1280, num_layers=36, num_heads=20),
-    "gpt2-xl": dict(seq_length=1024, d_model=1600, num_layers=48, num_heads=25),
+    "gpt2-6h": dict(seq_length=1024, d_model=768, num_layers=12, num_heads=6, **_GPT2),
+    "gpt2-medium": dict(seq_length=1024, d_model=1024, num_layers=24, num_heads=16, **_GPT2),
+    "gpt2-large": dict(seq_length=1024, d_model=1280, num_layers=36, num_heads=20, **_GPT2),
+    "gpt2-xl": dict(seq_length=1024, d_model=1600, num_layers=48, num_heads=25, **_GPT2),
+    # gpt2's matrices (12 C² a block) with what came after it; as Hugging Face sees it, a Qwen3.
+    "modern-124m": dict(seq_length=1024, d_model=768, num_layers=12, num_heads=6, **_MODERN),
 }
 
 
@@ -79,7 +114,7 @@ class OptimConfig:
     optim_type: Literal["adamw", "adam"] = option("adamw", "optimizer; weight decay applies to matrices only")
     learning_rate: float = option(6e-4, "peak learning rate")
     betas: tuple[float, float] = option((0.9, 0.95), "Adam's two decay rates")
-    weight_decay: float = option(0.1, "weight decay of matrices (biases and LayerNorm have none)")
+    weight_decay: float = option(0.1, "weight decay of matrices (biases and normalizations have none)")
     max_grad_norm: float = option(1.0, "clip the global gradient norm to this; 0 does not clip")
     decay_method: Literal["cosine", "linear", "noam", "trapezoid"] = option(
         "cosine",
@@ -164,7 +199,7 @@ class RuntimeConfig:
     )
     residual_precision: Literal["auto", "fp32", "bf16"] = option(
         "auto",
-        "precision of the residual stream between the blocks under --mixed-precision bf16. bf16 halves its memory and traffic; LayerNorm computes in float32 from either. auto is bf16 on TPU v4 and later, else fp32",
+        "precision of the residual stream between the blocks under --mixed-precision bf16. bf16 halves its memory and traffic; normalizations compute in float32 from either. auto is bf16 on TPU v4 and later, else fp32",
     )
     matmul_precision: Literal["highest", "high", "medium"] = option(
         "highest", "precision of float32 matmuls; high lets CUDA use TF32"

@@ -1,153 +1,102 @@
-"""Weights and configuration of the model ↔ those of Hugging Face's GPT-2, exact bit for bit."""
+"""The model in the files of a Hugging Face model folder: config.json and the weights, exact bit for bit, both ways.
 
-import re
-from typing import Any
+Which architecture it is there follows from the options: GPT-2, Llama, Qwen3. A model that is none of them has the same
+files in a form of our own, which `transformers` refuses.
+"""
+
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from gpt2_xla import hf_gpt2, hf_llama, hf_none
 from gpt2_xla.config import ModelConfig
 from gpt2_xla.errors import UserError
 
-# Hugging Face's Conv1D stores these matrices as (in, out); nn.Linear stores (out, in).
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-# Causal-mask buffers that old checkpoints carry; they are no weights.
-MASKS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
-OTHERS = re.compile(r"wte\.weight|wpe\.weight|ln_f\.(weight|bias)")
-BLOCK = re.compile(r"h\.(\d{1,6})\.((ln_1|ln_2|attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.(weight|bias))")
 
-# gelu_new and gelu_pytorch_tanh are one function, the tanh approximation; plain "gelu" is another (erf).
-ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}
-NAME_OF_ACTIVATION = {"gelu": "gelu_new", "relu": "relu"}
+class Form(Protocol):
+    """One kind of config.json with its weights: a module with these names."""
 
-# What GPT2Config assumes where config.json is silent.
-DEFAULTS: dict[str, Any] = {
-    "vocab_size": 50257,
-    "n_positions": 1024,
-    "n_embd": 768,
-    "n_layer": 12,
-    "n_head": 12,
-    "n_inner": None,
-    "activation_function": "gelu_new",
-    "resid_pdrop": 0.1,
-    "embd_pdrop": 0.1,
-    "attn_pdrop": 0.1,
-    "tie_word_embeddings": True,
-}
-# Switches of GPT2Config that change the function, with the only value that our model computes.
-FIXED: dict[str, Any] = {
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False,
-    "add_cross_attention": False,
-    "quantization_config": None,
-}
+    MODEL_TYPES: tuple[str, ...]  # values of config.json's model_type
+
+    def missing_flags(self, config: ModelConfig) -> list[str]:
+        """The flags with which the model would have this form; [] if it has."""
+        ...
+
+    def architecture(self, config: ModelConfig) -> str:
+        """The class of `transformers` that computes the model."""
+        ...
+
+    def to_hugging_face(self, weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+        """See below."""
+        ...
+
+    def from_hugging_face(self, weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+        """See below."""
+        ...
+
+    def hugging_face_config(self, config: ModelConfig, end_of_text: int | None) -> dict[str, Any]:
+        """See below."""
+        ...
+
+    def model_config(self, hf_config: dict[str, Any]) -> ModelConfig:
+        """See below; `hf_config` is of one of the MODEL_TYPES."""
+        ...
+
+
+COUNTERPARTS: tuple[Form, ...] = (hf_gpt2, hf_llama)
+FORMS: tuple[Form, ...] = (*COUNTERPARTS, hf_none)
+
+
+def counterpart(config: ModelConfig) -> str | None:
+    """The class of `transformers` that computes this model, such as LlamaForCausalLM; None if there is none."""
+    form = _form(config)
+    return form.architecture(config) if form in COUNTERPARTS else None
+
+
+def exports_to(config: ModelConfig) -> str:
+    """The same in words, with what the nearest one would need where there is none."""
+    if (name := counterpart(config)) is not None:
+        return name
+    nearest = min(COUNTERPARTS, key=lambda form: len(form.missing_flags(config)))
+    flags = " ".join(nearest.missing_flags(config))
+    return f"no Hugging Face counterpart: {nearest.architecture(config)} would need {flags}"
 
 
 def to_hugging_face(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our weights under GPT2LMHeadModel's names and layouts; matrices are transposed views, a tied output layer is left out."""
-    theirs = {}
-    for name, value in weights.items():
-        if name == "lm_head.weight":
-            if not config.tie_weights:
-                theirs[name] = value
-            continue
-        theirs["transformer." + re.sub(r"^blocks\.", "h.", name)] = value.t() if name.endswith(TRANSPOSED) else value
-    return theirs
+    """Our weights under Hugging Face's names and in its layouts, as views; a tied output layer is left out."""
+    return _form(config).to_hugging_face(weights, config)
 
 
 def from_hugging_face(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The inverse of `to_hugging_face`; matrices are transposed views of the given tensors.
+    """The inverse of `to_hugging_face`, as views where the layout allows; buffers that are no weights are left out.
 
-    Takes names with and without `transformer.`, ignores mask buffers and, as transformers does, the output layer of a
-    model that ties it. Raises UserError naming the weights that are no part of a GPT-2.
+    So is, as transformers does, the output layer of a model that ties it. Raises UserError naming the weights that are no
+    part of the architecture.
     """
-    ours, unknown = {}, []
-    for name, value in weights.items():
-        short = name.removeprefix("transformer.")
-        block = BLOCK.fullmatch(short)
-        if name == "lm_head.weight":
-            if not config.tie_weights:
-                ours[name] = value
-        elif block:
-            transpose = short.endswith(TRANSPOSED) and value.dim() == 2
-            ours[f"blocks.{int(block[1])}.{block[2]}"] = value.t() if transpose else value
-        elif OTHERS.fullmatch(short):
-            ours[short] = value
-        elif not MASKS.fullmatch(short):
-            unknown.append(name)
-    if unknown:
-        more = f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
-        raise UserError(f"these weights are no part of a GPT-2: {', '.join(name[:80] for name in unknown[:4])}{more}")
-    return ours
+    return _form(config).from_hugging_face(weights, config)
 
 
 def hugging_face_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]:
-    """The config.json with which `transformers` builds our model as GPT2LMHeadModel.
+    """The config.json with which `transformers` builds our model, if it has a `counterpart`.
 
     `end_of_text` is the token that ends a document and, as in GPT-2, begins one; None where no tokenizer is known.
     """
-    return {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": config.vocabulary,
-        "n_positions": config.seq_length,
-        "n_embd": config.d_model,
-        "n_layer": config.num_layers,
-        "n_head": config.num_heads,
-        "n_inner": config.d_ff,
-        "activation_function": NAME_OF_ACTIVATION[config.activation],
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        **{name: value for name, value in FIXED.items() if value is not None},
-        "initializer_range": 0.02,
-        "tie_word_embeddings": config.tie_weights,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-        "dtype": "float32",
-        "use_cache": True,
-    }
+    return _form(config).hugging_face_config(config, end_of_text)
 
 
 def model_config(hf_config: dict[str, Any]) -> ModelConfig:
-    """Our configuration of a Hugging Face config.json.
+    """Our configuration of a config.json, whoever wrote it.
 
     Raises UserError naming every difference that the model cannot represent, and every value of a wrong type.
     """
-    if hf_config.get("model_type") != "gpt2":
-        raise UserError(f"model_type is {hf_config.get('model_type')!r}; only 'gpt2' can be read")
-    mistakes = [
-        f"{name} is {hf_config[name]!r}; this model has {value!r} only"
-        for name, value in FIXED.items()
-        if hf_config.get(name, value) != value
-    ]
-    values = DEFAULTS | {name: hf_config[name] for name in DEFAULTS if name in hf_config}
-    sizes = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
-    sizes += [] if values["n_inner"] is None else ["n_inner"]
-    wrong_sizes = [name for name in sizes if type(values[name]) is not int or values[name] < 1]
-    mistakes += [f"{name} is {values[name]!r}; expected a whole number above 0" for name in wrong_sizes]
-    if not wrong_sizes and values["n_embd"] % values["n_head"]:
-        mistakes.append(f"n_embd {values['n_embd']} is not divisible by n_head {values['n_head']}")
-    activation = values["activation_function"]
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        mistakes.append(f"activation_function is {activation!r}; this model has {', '.join(ACTIVATIONS)}")
-    dropouts = [values[name] for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")]
-    if any(type(p) not in (int, float) or not 0 <= p < 1 for p in dropouts) or len(set(dropouts)) > 1:
-        shown = ", ".join(map(repr, dropouts))
-        mistakes.append(f"resid_pdrop, embd_pdrop, attn_pdrop are {shown}; expected one value in [0, 1) for all three")
-    if type(values["tie_word_embeddings"]) is not bool:
-        mistakes.append(f"tie_word_embeddings is {values['tie_word_embeddings']!r}; expected true or false")
-    if mistakes:
-        raise UserError(mistakes)
-    return ModelConfig(
-        vocab_size=values["vocab_size"],
-        seq_length=values["n_positions"],
-        d_model=values["n_embd"],
-        num_layers=values["n_layer"],
-        num_heads=values["n_head"],
-        d_ff=values["n_inner"],
-        dropout=float(dropouts[0]),
-        activation=ACTIVATIONS[activation],  # type: ignore[arg-type]
-        tie_weights=values["tie_word_embeddings"],
-    )
+    kind = hf_config.get("model_type")
+    for form in FORMS:
+        if kind in form.MODEL_TYPES:
+            return form.model_config(hf_config)
+    known = ", ".join(repr(name) for form in COUNTERPARTS for name in form.MODEL_TYPES)
+    raise UserError(f"model_type is {str(kind)[:40]!r}; only {known} can be read")
+
+
+def _form(config: ModelConfig) -> Form:
+    """The first that the model fits; the last fits every one."""
+    return next(form for form in FORMS if not form.missing_flags(config))

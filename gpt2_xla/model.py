@@ -1,6 +1,7 @@
-"""GPT-2, top to bottom, in the order of the paper (Radford et al. 2019; weights as in Hugging Face's GPT2LMHeadModel).
+"""A decoder-only transformer, top to bottom: GPT-2 (Radford et al. 2019) by default, each later idea an option beside it.
 
-Letters: B batch, T sequence length, C model dimension, H heads, D head dimension (C / H), V vocabulary.
+Letters: B batch, T sequence length, C model dimension, H heads, D head dimension (C / H), V vocabulary; of keys and values
+there are Hkv heads, H of them unless heads are grouped. GPT-2's weights are named as in Hugging Face's GPT2LMHeadModel.
 """
 
 import math
@@ -13,12 +14,15 @@ from torch.nn import functional as F
 from gpt2_xla.config import ModelConfig
 from gpt2_xla.loss import next_token_loss
 
-Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # q, k, v (B, H, T, D) and dropout -> (B, H, T, D)
-RunBlocks = Callable[[Iterable[nn.Module], Tensor], Tensor]  # blocks and their input (B, T, C) -> (B, T, C)
+# q (B, H, T, D), k and v (B, Hkv, T, D), and dropout -> (B, H, T, D). q and k are normalized and rotated already. Hkv divides
+# H; query head h uses key head h // (H / Hkv), which an implementation sees to itself (`repeat_heads`).
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+# Blocks, their input (B, T, C) and the rotation that they share, None without RoPE -> (B, T, C).
+RunBlocks = Callable[[Iterable[nn.Module], Tensor, Tensor | None], Tensor]
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer: pre-norm blocks, learned positions, output layer tied to the token embedding."""
+    """Pre-norm blocks between a token embedding and an output layer, which may be one matrix."""
 
     def __init__(self, config: ModelConfig, loss_chunk: int = 0, vocab_multiple: int = 1) -> None:
         super().__init__()
@@ -27,10 +31,10 @@ class GPT(nn.Module):
         self.fuses = False
         self.residual_dtype: torch.dtype | None = None  # of the stream between the blocks; None: the embeddings'
         self.wte = nn.Embedding(config.vocabulary, config.d_model)
-        self.wpe = nn.Embedding(config.seq_length, config.d_model)
+        self.wpe = nn.Embedding(config.seq_length, config.d_model) if config.position == "learned" else None
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.ln_f = nn.LayerNorm(config.d_model, eps=1e-5)
+        self.ln_f = norm(config)
         self.lm_head = nn.Linear(config.d_model, config.vocabulary, bias=False)
         self.tie_weights()
 
@@ -46,8 +50,13 @@ class GPT(nn.Module):
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.drop(self.wte(tokens) + self.wpe(positions)).to(self.residual_dtype)  # (B, T) -> (B, T, C)
-        x = self.ln_f(self.run_blocks(self.blocks, x))
+        x, rotation = self.wte(tokens), None  # (B, T) -> (B, T, C)
+        if self.wpe is not None:
+            x = x + self.wpe(positions)
+        else:
+            rotation = rotation_at(positions, self.config.head_dim, self.config.rope_theta)
+        x = self.drop(x).to(self.residual_dtype)
+        x = self.ln_f(self.run_blocks(self.blocks, x, rotation))
         if targets is None:
             return self.lm_head(x)  # (B, T, C) -> (B, T, V)
         return next_token_loss(x, self.output_matrix(), targets, self.loss_chunk, self.vocab_multiple, fuses=self.fuses)
@@ -78,24 +87,25 @@ class GPT(nn.Module):
     def initialize(self, seed: int) -> None:
         """Draw the initial weights as GPT-2 did: N(0, 0.02), residual projections scaled by 1/sqrt(2 num_layers).
 
-        A pure function of the configuration and the seed; uses its own generator, so that replicas in threads agree.
+        Biases are 0, the scales of normalizations 1; a SwiGLU's gate is drawn as any other matrix. A pure function of the
+        configuration and the seed; uses its own generator, so that replicas in threads agree.
         """
         generator = torch.Generator().manual_seed(seed)
         residual = 0.02 / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            elif "ln_" in name:
+            elif parameter.dim() == 1:
                 nn.init.ones_(parameter)
             else:
                 std = residual if name.endswith("c_proj.weight") else 0.02
                 nn.init.normal_(parameter, std=std, generator=generator)
 
 
-def in_turn(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
+def in_turn(blocks: Iterable[nn.Module], x: Tensor, rotation: Tensor | None) -> Tensor:
     """The plain way through the blocks."""
     for block in blocks:
-        x = block(x)
+        x = block(x, rotation)
     return x
 
 
@@ -104,13 +114,13 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.d_model, eps=1e-5)
+        self.ln_1 = norm(config)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.d_model, eps=1e-5)
+        self.ln_2 = norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotation)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -119,29 +129,63 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads, self.dropout = config.num_heads, config.dropout
-        self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
-        self.c_proj = nn.Linear(config.d_model, config.d_model)
+        self.head_dim, self.dropout = config.head_dim, config.dropout
+        self.widths = [heads * config.head_dim for heads in (config.num_heads, config.kv_heads, config.kv_heads)]
+        self.c_attn = nn.Linear(config.d_model, sum(self.widths), config.bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.c_proj = nn.Linear(config.d_model, config.d_model, config.bias)
         self.drop = nn.Dropout(config.dropout)
         self.attend: Attend = causal_attention
 
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        heads = (batch, length, self.num_heads, width // self.num_heads)
-        q, k, v = (t.view(heads).transpose(1, 2) for t in self.qkv(x))  # (B, T, C) -> (B, H, T, D)
-        y = self.attend(q, k, v, self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(batch, length, width)  # (B, H, T, D) -> (B, T, C)
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+        q, k, v = (
+            t.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for t in self.qkv(x)
+        )  # (B, T, C) -> (B, H, T, D)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        # Both come in float32, also under autocast: back to the precision of v, before they are kept for the backward pass.
+        y = self.attend(q.to(v.dtype), k.to(v.dtype), v, self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
         return self.drop(self.c_proj(y))
 
     def qkv(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values of x, each (B, T, C); their own method because a runtime may cut them by heads."""
-        return self.c_attn(x).split(x.shape[2], dim=2)
+        """Queries (B, T, H D), keys and values (B, T, Hkv D) of x (B, T, C); a method because a runtime may cut it by heads."""
+        return self.c_attn(x).split(self.widths, dim=2)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, each position seeing itself and those before it."""
+    """softmax(q k^T / sqrt(D)) v, each position seeing itself and those before it; see `Attend`."""
     # is_causal needs no stored mask, and its lower triangle is cut from no buffer.
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    grouped = k.shape[1] != q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped)
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values (B, Hkv, T, D), each as often as query heads share it: (B, heads, T, D)."""
+    if x.shape[1] == heads:
+        return x
+    return x.unsqueeze(2).expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2)
+
+
+def rotation_at(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+    """Cosines and sines of RoPE's angles (Su et al. 2021), float32: positions (T,) or (B, T) -> (2, [B, 1,] T, D / 2).
+
+    Pair i of a head's dimensions turns by position · theta^(-2 i / D).
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions.unsqueeze(-1).float() * theta**-exponents
+    rotation = torch.stack([angles.cos(), angles.sin()])
+    return rotation if positions.dim() == 1 else rotation.unsqueeze(2)  # the same for all heads
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """x (B, H, T, D), of which dimensions i and i + D / 2 are a pair (as in Llama), rotated; float32."""
+    cos, sin = rotation
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 class MLP(nn.Module):
@@ -150,14 +194,45 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = config.activation
-        self.c_fc = nn.Linear(config.d_model, config.hidden_dim)
-        self.c_proj = nn.Linear(config.hidden_dim, config.d_model)
+        gated = config.activation == "swiglu"
+        self.c_gate = nn.Linear(config.d_model, config.hidden_dim, config.bias) if gated else None
+        self.c_fc = nn.Linear(config.d_model, config.hidden_dim, config.bias)
+        self.c_proj = nn.Linear(config.hidden_dim, config.d_model, config.bias)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)
-        x = F.relu(x) if self.activation == "relu" else F.gelu(x, approximate="tanh")
+        if self.c_gate is not None:  # SwiGLU (Shazeer 2020)
+            x = F.silu(self.c_gate(x)) * self.c_fc(x)
+        elif self.activation == "gelu":
+            x = F.gelu(self.c_fc(x), approximate="tanh")
+        else:
+            x = F.relu(self.c_fc(x))
+            x = x * x if self.activation == "relu2" else x  # ReLU² (So et al. 2021)
         return self.drop(self.c_proj(x))
+
+
+def norm(config: ModelConfig) -> nn.Module:
+    """A normalization over the model dimension."""
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.d_model, config.norm_eps)
+    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+
+
+class RMSNorm(nn.Module):
+    """Division by the root of the mean square over the last dimension (Zhang and Sennrich 2019), in float32, and a scale."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `RMSNorm`; a result of the weight's dtype, whatever that of x."""
+    x = x.float()
+    return (x * torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + eps) * weight).to(weight.dtype)
 
 
 def build_model(config: ModelConfig, loss_chunk: int, seed: int, vocab_multiple: int = 1) -> GPT:
@@ -175,12 +250,14 @@ def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def flops_per_token(config: ModelConfig, parameters: int) -> int:
-    """FLOPs of forward and backward for one token: 6 N + 12 L T C (PaLM, appendix B), N without the embeddings.
+def flops_per_token(config: ModelConfig) -> int:
+    """FLOPs of the matmuls of forward and backward for one token: 6 N + 12 L T C (PaLM, appendix B).
 
-    The output layer multiplies by V x C whether tied or not, so that matrix is counted once in N.
+    N are the elements of the matrices that a token is multiplied with, the output layer's included. Attention counts
+    whole T x T matrices, of which a causal kernel may skip half, and grouped heads save nothing in it.
     """
-    embeddings = (config.vocabulary + config.seq_length) * config.d_model
-    output_layer = config.vocabulary * config.d_model
-    matrices = parameters - embeddings - (0 if config.tie_weights else output_layer) + output_layer
-    return 6 * matrices + 12 * config.num_layers * config.seq_length * config.d_model
+    width, kv_width = config.d_model, config.kv_heads * config.head_dim
+    attention = 2 * width * (width + kv_width)
+    mlp = (3 if config.activation == "swiglu" else 2) * width * config.hidden_dim
+    matrices = config.num_layers * (attention + mlp) + config.vocabulary * width
+    return 6 * matrices + 12 * config.num_layers * config.seq_length * width

@@ -9,7 +9,7 @@ from gpt2_xla.config import OptimConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices (embeddings included) with weight decay, vectors (biases, LayerNorm) without."""
+    """Two groups: matrices (embeddings included) with weight decay, vectors (biases, normalizations) without."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     return [

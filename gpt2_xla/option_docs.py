@@ -50,7 +50,9 @@ def configuration_page() -> str:
         "| `--preset` | " + " | ".join(f"`--{name.replace('_', '-')}`" for name in PRESETS["gpt2"]) + " |",
         "|---" * (len(PRESETS["gpt2"]) + 1) + "|",
     ]
-    lines += [f"| {name} | " + " | ".join(str(v) for v in preset.values()) + " |" for name, preset in PRESETS.items()]
+    for name, preset in PRESETS.items():
+        values = ("on" if v is True else "off" if v is False else str(v) for v in preset.values())
+        lines.append(f"| {name} | " + " | ".join(values) + " |")
     shown: dict[str, str] = {}
     for command, config_type in COMMANDS.items():
         lines += ["", f"## {command}"]

@@ -180,8 +180,11 @@ def _with_remote_dir(parsed: cli.Parsed[Config], source: Path) -> Config:
 def _model_conflicts(config: PretrainConfig, saved: PretrainConfig, source: Path) -> list[str]:
     """One sentence for each model option that differs from the checkpoint's."""
     same = {"dropout"}  # not a property of the weights
+    # Defaults, spelled out.
     if config.model.hidden_dim == saved.model.hidden_dim:
-        same.add("d_ff")  # the default, spelled out
+        same.add("d_ff")
+    if config.model.kv_heads == saved.model.kv_heads:
+        same.add("num_kv_heads")
     return [
         f"--{field.name.replace('_', '-')} {_shown(ours)} conflicts with {source.name}, which has {_shown(theirs)}; "
         "leave the flag out"

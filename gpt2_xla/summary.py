@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from gpt2_xla.config import PretrainConfig
+from gpt2_xla import hf
+from gpt2_xla.config import ModelConfig, PretrainConfig
 from gpt2_xla.data.pretraining import PretrainingData
 from gpt2_xla.data.training_set import TrainingSet
 from gpt2_xla.model import flops_per_token
@@ -13,13 +14,15 @@ def summary(
 ) -> str:
     """Model, data, schedule, machine and cost of a run at `step`, continued from checkpoint `source`, in words."""
     model, optim, run = config.model, config.optim, config.run
-    flops = flops_per_token(model, parameters)
+    flops = flops_per_token(model)
     tokens = run.train_steps * config.tokens_per_step
     rows = [
         (
             "model",
-            f"{model.num_layers} layers, {model.num_heads} heads, C {model.d_model}, T {model.seq_length}, V {model.vocabulary}",
+            f"{model.num_layers} layers, {_heads(model)}, C {model.d_model}, T {model.seq_length}, V {model.vocabulary}",
         ),
+        ("made of", _parts(model)),
+        ("exports to", hf.exports_to(model)),
         ("parameters", f"{parameters:,}"),
         ("machine", f"{machine}, {_precision(config)}"),
         ("data", f"{_tokens(data)}; {data.checked}"),
@@ -40,10 +43,27 @@ def summary(
         ("run folder", run.checkpoints_dir),
     ]
     if data.train is not None and len(data.train.sources) > 1:
-        rows.insert(4, ("mixture", _mixture(data.train)))
+        rows.insert(6, ("mixture", _mixture(data.train)))
     if source is not None:
         rows.append(("checkpoint", str(source)))
     return "\n".join(f"  {name:<11} {text}" for name, text in rows)
+
+
+def _heads(model: ModelConfig) -> str:
+    grouped = f" ({model.kv_heads} of keys and values)" if model.kv_heads != model.num_heads else ""
+    return f"{model.num_heads} heads{grouped}"
+
+
+def _parts(model: ModelConfig) -> str:
+    parts = [
+        f"{model.position} positions" if model.position == "learned" else f"rope of base {model.rope_theta:g}",
+        model.norm,
+        model.activation,
+        *(["qk-norm"] if model.qk_norm else []),
+        *([] if model.bias else ["no biases"]),
+        "tied output layer" if model.tie_weights else "untied output layer",
+    ]
+    return ", ".join(parts)
 
 
 def _warmup(config: PretrainConfig) -> str:

@@ -130,7 +130,7 @@ def train(run: Run) -> None:
         run.saver.finish(run)
         return
     assert run.data.train is not None
-    flops = flops_per_token(config.model, parameter_count(run.model))
+    flops = flops_per_token(config.model)
     log = TrainingLog(config, runtime, run.metrics, flops, run.data.train.epochs)
     profile = StepProfile(config, runtime, log, run.metrics)
     guard = StepGuard(run, log, watch)

@@ -5,6 +5,7 @@ from collections.abc import Set
 
 from gpt2_xla.config import PretrainConfig, XlaConfig
 from gpt2_xla.errors import UserError
+from gpt2_xla.model_validation import model_mistakes
 from gpt2_xla.profiling import profile_mistakes
 from gpt2_xla.runtime.mesh import parse_mesh
 
@@ -13,7 +14,7 @@ def config_mistakes(config: PretrainConfig, explicit: Set[str] = frozenset()) ->
     """All mistakes that the options alone show; `explicit` names those that the command itself gave."""
     return [
         *_range_mistakes(config),
-        *_model_mistakes(config),
+        *model_mistakes(config.model),
         *_schedule_mistakes(config),
         *_logging_mistakes(config),
         *_precision_mistakes(config),
@@ -38,14 +39,8 @@ def replica_mistakes(config: PretrainConfig, world_size: int) -> list[str]:
 
 
 def _range_mistakes(config: PretrainConfig) -> list[str]:
-    model, data, optim, run, log = config.model, config.data, config.optim, config.run, config.logging
+    data, optim, run, log = config.data, config.optim, config.run, config.logging
     at_least_one = {
-        "--vocab-size": model.vocabulary,
-        "--seq-length": model.seq_length,
-        "--d-model": model.d_model,
-        "--num-layers": model.num_layers,
-        "--num-heads": model.num_heads,
-        "--d-ff": model.hidden_dim,
         "--train-batch-size": data.train_batch_size,
         "--eval-batch-size": data.eval_batch_size,
         "--gradient-accum-step": data.gradient_accum_step,
@@ -79,8 +74,6 @@ def _range_mistakes(config: PretrainConfig) -> list[str]:
         for flag, value in not_negative.items()
         if not 0 <= value < math.inf
     ]
-    if not 0 <= model.dropout < 1:
-        mistakes.append(f"--dropout {model.dropout} must be at least 0 and below 1")
     if not all(0 <= beta < 1 for beta in optim.betas):
         mistakes.append(f"--betas {optim.betas[0]} {optim.betas[1]}: each must be at least 0 and below 1")
     if run.spike_factor is not None and not 1 < run.spike_factor < math.inf:
@@ -88,15 +81,6 @@ def _range_mistakes(config: PretrainConfig) -> list[str]:
     if not 0 < optim.learning_rate < math.inf:
         mistakes.append(f"--learning-rate {optim.learning_rate} must be a number above 0")
     return mistakes
-
-
-def _model_mistakes(config: PretrainConfig) -> list[str]:
-    width, heads = config.model.d_model, config.model.num_heads
-    if width < 1 or heads < 1 or width % heads == 0:
-        return []
-    fits = [n for n in range(1, min(width, 2**16) + 1) if width % n == 0]
-    nearest = min(fits, key=lambda n: abs(n - heads))
-    return [f"--d-model {width} is not divisible by --num-heads {heads}; use --num-heads {nearest}, for example"]
 
 
 def _schedule_mistakes(config: PretrainConfig) -> list[str]:

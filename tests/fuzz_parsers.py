@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,8 +29,8 @@ def _instrumented() -> AbstractContextManager[object]:
 
 
 with _instrumented():
-    from gpt2_xla import checkpoint, checkpoint_files, cli, shares
-    from gpt2_xla.config import TorchPretrainConfig
+    from gpt2_xla import checkpoint, checkpoint_files, cli, hf, shares
+    from gpt2_xla.config import ModelConfig, TorchPretrainConfig
     from gpt2_xla.data import manifest, shards
     from gpt2_xla.errors import UserError
     from gpt2_xla.validation import config_mistakes
@@ -81,6 +82,10 @@ def fuzz_model(folder: Path, data: bytes) -> None:
     checkpoint.read_weights(folder)
 
 
+# The same for the other forms of config.json.
+fuzz_llama = fuzz_own_model = fuzz_model
+
+
 def fuzz_optimizer(folder: Path, data: bytes) -> None:
     shares.load([_file(folder, "optimizer.safetensors", data)], {"w": torch.zeros(2)})
 
@@ -117,6 +122,8 @@ def _npy() -> bytes:
 
 _W = {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
 _CONFIG = {"model_type": "gpt2", "vocab_size": 5, "n_positions": 4, "n_embd": 2, "n_layer": 1, "n_head": 1}
+_OWN = ModelConfig(vocab_size=9, seq_length=4, d_model=8, num_layers=1, num_heads=2, norm="rmsnorm")
+_LLAMA = replace(_OWN, position="rope", activation="swiglu", bias=False)
 # A good file of each kind, to start from.
 SEEDS: dict[str, bytes] = {
     "manifest": json.dumps(
@@ -136,6 +143,8 @@ SEEDS: dict[str, bytes] = {
     ).encode(),
     "record": json.dumps({"format": 1, "save": 3, "files": {"config.json": {"bytes": 1, "sha256": "00"}}}).encode(),
     "model": json.dumps(_CONFIG).encode() + SEPARATOR + _safetensors(_W, bytes(8)),
+    "llama": json.dumps(hf.hugging_face_config(_LLAMA, 1)).encode() + SEPARATOR + _safetensors(_W, bytes(8)),
+    "own_model": json.dumps(hf.hugging_face_config(_OWN, 1)).encode() + SEPARATOR + _safetensors(_W, bytes(8)),
     "optimizer": _safetensors(
         {"__metadata__": {shares.OFFSETS: json.dumps({"w": {"saved_offsets": [0]}})}, **_W}, bytes(8)
     ),

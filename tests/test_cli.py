@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gpt2_xla import cli
 from gpt2_xla.cli import flags_of, from_dict, parse, parser_for
-from gpt2_xla.config import PRESETS, PretrainConfig, TorchPretrainConfig, XlaPretrainConfig, to_dict
+from gpt2_xla.config import PRESETS, ModelConfig, PretrainConfig, TorchPretrainConfig, XlaPretrainConfig, to_dict
 from gpt2_xla.errors import UserError
 from gpt2_xla.option_docs import COMMANDS
 from gpt2_xla.validation import config_mistakes
@@ -68,7 +68,7 @@ def test_the_flag_beats_the_preset_beats_the_recipe_beats_the_saved_run_beats_th
     base = parsed("--num-layers", "9")
     base = dataclasses.replace(
         base,
-        model=dataclasses.replace(base.model, d_model=90, num_heads=9, d_ff=9, seq_length=9, activation="relu"),
+        model=dataclasses.replace(base.model, d_model=90, num_heads=9, d_ff=9, seq_length=9, dropout=0.3),
     )
     command = ["--seq-length", "32", "--recipe", str(recipe), "--preset", "tiny"]
     config = parsed(*command, base=base)
@@ -76,7 +76,7 @@ def test_the_flag_beats_the_preset_beats_the_recipe_beats_the_saved_run_beats_th
     assert config.model.num_heads == PRESETS["tiny"]["num_heads"]  # preset, over recipe and base
     assert config.model.d_ff == 99  # recipe, over base
     assert config.model.d_model == PRESETS["tiny"]["d_model"]  # preset, over base
-    assert config.model.activation == "relu"  # base, over default
+    assert config.model.dropout == 0.3  # base, over default
     assert config.model.num_layers == PRESETS["tiny"]["num_layers"]
     assert config.run.seed == TorchPretrainConfig().run.seed  # default
     assert parsed(*reversed_pairs(command), base=base) == config  # the order on the line decides nothing
@@ -98,6 +98,9 @@ def test_a_recipe_may_name_a_preset_and_the_command_another(tmp_path):
     assert (model.d_model, model.num_layers) == (PRESETS["tiny"]["d_model"], 5)
     model = parsed("--recipe", str(recipe), "--preset", "gpt2-xl").model
     assert (model.d_model, model.num_layers) == (PRESETS["gpt2-xl"]["d_model"], PRESETS["gpt2-xl"]["num_layers"])
+    recipe.write_text("--preset modern-124m")
+    assert parsed("--recipe", str(recipe), "--preset", "gpt2").model == ModelConfig()  # nothing of the other is left
+    assert parsed("--preset", "gpt2", base=parsed("--preset", "modern-124m")).model == ModelConfig()
 
 
 def test_what_the_command_itself_set_is_known(tmp_path):
@@ -131,7 +134,7 @@ def test_numbers_lists_and_equals_signs_are_read():
         (["--preset", "gpt2-larg"], "--preset gpt2-larg is unknown, did you mean gpt2-large?"),
         (["--preset"], "--preset needs a value"),
         (["--recipe"], "--recipe needs a value"),
-        (["--activation", "gellu"], "--activation gellu is not one of gelu, relu, did you mean gelu?"),
+        (["--activation", "gellu"], "--activation gellu is not one of gelu, relu, relu2, swiglu, did you mean gelu?"),
         (["--recipe", "macbok"], "--recipe macbok: no such file or recipe, did you mean macbook?"),
         (["--seed"], "--seed needs a value"),
         (["--train-steps", "--seed", "1"], "--train-steps needs a value"),

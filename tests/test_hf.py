@@ -33,8 +33,13 @@ def save(model: GPT, folder, end_of_text=96):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"activation": "relu"}, {"tie_weights": False}, {"d_ff": 40, "activation": "relu", "tie_weights": False}],
-    ids=["gelu", "relu", "untied", "relu-untied-narrow"],
+    [
+        {},
+        {"activation": "relu2", "norm_eps": 0.1},
+        {"tie_weights": False},
+        {"d_ff": 40, "activation": "relu", "tie_weights": False},
+    ],
+    ids=["gelu", "relu2-eps", "untied", "relu-untied-narrow"],
 )
 def test_transformers_computes_the_same_logits_from_our_folder(tmp_path, changes):
     from transformers import GPT2LMHeadModel
@@ -101,7 +106,7 @@ def test_old_names_and_mask_buffers_are_understood_and_strangers_are_named():
 def test_each_difference_that_we_cannot_represent_is_named():
     config = hf.hugging_face_config(ModelConfig(**SMALL), None) | {
         "activation_function": "gelu",
-        "layer_norm_epsilon": 1e-6,
+        "layer_norm_epsilon": 0.0,
         "scale_attn_by_inverse_layer_idx": True,
         "reorder_and_upcast_attn": True,
         "attn_pdrop": 0.3,
@@ -111,10 +116,18 @@ def test_each_difference_that_we_cannot_represent_is_named():
     with pytest.raises(UserError) as caught:
         hf.model_config(config)
     assert len(caught.value.mistakes) == 7
-    for name in ("'gelu'", "1e-06", "inverse_layer", "reorder", "attn_pdrop", "n_layer", "tie_word"):
+    for name in (
+        "'gelu'",
+        "layer_norm_epsilon is 0.0",
+        "inverse_layer",
+        "reorder",
+        "attn_pdrop",
+        "n_layer",
+        "tie_word",
+    ):
         assert name in str(caught.value)
-    with pytest.raises(UserError, match="'llama'"):
-        hf.model_config({"model_type": "llama"})
+    with pytest.raises(UserError, match="'bert'; only 'gpt2', 'llama', 'qwen3' can be read"):
+        hf.model_config({"model_type": "bert"})
     with pytest.raises(UserError, match="n_embd 30 is not divisible by n_head 4"):
         hf.model_config({"model_type": "gpt2", "n_embd": 30, "n_head": 4})
 

@@ -8,6 +8,7 @@ import resource
 import shutil
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from gpt2_xla.model import GPT
 from gpt2_xla.shares import whole_shares
 
 MODEL = ModelConfig(vocab_size=61, seq_length=16, d_model=32, num_layers=2, num_heads=2)
+LLAMA = replace(MODEL, position="rope", norm="rmsnorm", activation="swiglu", bias=False)
+OWN = replace(LLAMA, activation="relu2")  # of no architecture that transformers has
 WEIGHTS, OPTIMIZER = "model.safetensors", "trainer_state/optimizer.safetensors"
 
 
@@ -34,13 +37,17 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
+def save(run_dir: Path, config: ModelConfig) -> Path:
+    model = GPT(config)
+    model.initialize(0)
+    state = TrainerState(7, 56, to_dict(PretrainConfig(model=config)))
+    moments = whole_shares({"exp_avg.wte.weight": torch.ones(61, 32)})
+    return checkpoint.save(run_dir, state, whole_shares(model.state_dict()), moments)
+
+
 @pytest.fixture
 def good(tmp_path):
-    model = GPT(MODEL)
-    model.initialize(0)
-    state = TrainerState(7, 56, to_dict(PretrainConfig(model=MODEL)))
-    moments = whole_shares({"exp_avg.wte.weight": torch.ones(61, 32)})
-    return checkpoint.save(tmp_path / "run", state, whole_shares(model.state_dict()), moments)
+    return save(tmp_path / "run", MODEL)
 
 
 def seal(folder: Path) -> None:
@@ -209,6 +216,53 @@ def test_a_configuration_larger_than_the_weights_is_refused_before_it_is_built(g
     assert "config.json" in refused(good)
     with pytest.raises(UserError):
         generation.load_model(good, "cpu")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 10**9}, {"num_hidden_layers": 10**12}, {"vocab_size": 2**60}, {"intermediate_size": 10**12},
+        {"num_key_value_heads": 1}, {"num_attention_heads": 10**30}, {"head_dim": 10**4000}, {"hidden_size": 0},
+        {"num_hidden_layers": 3}, {"rope_parameters": {"rope_theta": 10**400}}, {"rope_parameters": [[]] * 10**5},
+        {"model_type": ["llama"]}, {"model_type": "gpt2"}, {"model_type": "qwen3"}, {"rope_theta": {}, "rope_parameters": {}},
+        {"layer_types": ["x" * 10**6]},
+    ],
+)  # fmt: skip
+def test_a_llama_that_is_not_its_weights_is_refused_before_it_is_built(tmp_path, little_memory, changes):
+    folder = save(tmp_path / "run", LLAMA)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    seal(folder)
+    assert len(refused(folder)) < 1500
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"d_model": 10**9}, {"num_layers": 10**12}, {"vocab_size": 2**60}, {"d_ff": 10**12}, {"num_kv_heads": 1},
+        {"num_heads": 10**30}, {"num_heads": 0}, {"vocab_size": None}, {"norm": 5}, {"position": "learned"},
+        {"dropout": float("nan")}, {"rope_theta": float("inf")}, {"norm_eps": 0}, {"bias": 1}, {"bias": True},
+        {"num_layers": 3}, {"d_ff": -1}, {"activation": "relu2" * 10**5}, {"qk_norm": True},
+    ],
+)  # fmt: skip
+def test_a_model_of_our_own_form_that_is_not_its_weights_is_refused_before_it_is_built(
+    tmp_path, little_memory, changes
+):
+    folder = save(tmp_path / "run", OWN)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"model": config["model"] | changes}))
+    seal(folder)
+    refused(folder)
+
+
+@pytest.mark.parametrize("model", [None, [], "gpt2", {}, 1])
+def test_our_own_form_without_its_options_is_refused(tmp_path, model):
+    folder = save(tmp_path / "run", OWN)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model": model}))
+    seal(folder)
+    assert "there is no 'model' with its options in it" in refused(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "trainer_state/state.json", checkpoint_files.RECORD])

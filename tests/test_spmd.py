@@ -222,11 +222,21 @@ def test_a_mesh_that_is_none_is_told(text, sentence):
         ("fsdp=2,tensor=4", 1, 4, []),
         # Several hosts: a tensor group's devices, too, are sent rows of their own.
         ("fsdp=2,tensor=4", 2, 4, ["--eval-batch-size 4 is not divisible by the 8 devices"]),
+        # Heads of keys and values are cut too; two of them are too few for four devices.
+        (
+            "fsdp=2,tensor=4",
+            1,
+            8,
+            ["--num-kv-heads 2 is not divisible by tensor=4 of --mesh fsdp=2,tensor=4; use tensor=1 or 2"],
+        ),
         (None, 1, 4, ["--eval-batch-size 4 is not divisible by the 8 devices of the mesh's data × fsdp axes"]),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_told_with_one_that_does(mesh, hosts, eval_batch, sentences):
-    config = PretrainConfig(model_config(d_ff=100), DataConfig(train_batch_size=8, eval_batch_size=eval_batch))
+    groups = 2 if any("kv-heads" in sentence for sentence in sentences) else None
+    config = PretrainConfig(
+        model_config(d_ff=100, num_kv_heads=groups), DataConfig(train_batch_size=8, eval_batch_size=eval_batch)
+    )
     found = mesh_mistakes(config, mesh, devices=8, hosts=hosts)
     assert len(found) == len(sentences)
     assert all(sentence in mistake for sentence, mistake in zip(sentences, found, strict=True))

@@ -458,7 +458,7 @@ def test_a_plain_command_exits_with_status_2(text_data):
     assert process.returncode == 2
     assert (
         printed
-        == "error: --preset gpt3 is unknown, did you mean gpt2?; there are tiny, gpt2, gpt2-6h, gpt2-medium, gpt2-large, gpt2-xl\n"
+        == "error: --preset gpt3 is unknown, did you mean gpt2?; there are tiny, gpt2, gpt2-6h, gpt2-medium, gpt2-large, gpt2-xl, modern-124m\n"
     )
 
 

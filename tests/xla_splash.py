@@ -18,14 +18,16 @@ from gpt2_xla.runtime.xla_partition import ByHeads, Partition
 from gpt2_xla.runtime.xla_splash import splash_attention
 
 SHAPES = {"D=64": (2, 3, 256, 64), "D=128": (1, 2, 256, 128), "T=384": (1, 2, 384, 64)}
+GROUPED = (1, 4, 128, 64)  # with half as many heads of keys and values
 
 
-def differences(shape, dtype):
+def differences(shape, dtype, groups=None):
     """Largest differences of the output and of the gradients of q, k and v."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v, gradient = (torch.randn(shape, generator=generator).to(dtype) for _ in range(4))
+    of_keys = (shape[0], groups or shape[1], *shape[2:])
+    q, k, v, gradient = (torch.randn(size, generator=generator).to(dtype) for size in (shape, of_keys, of_keys, shape))
     exact = [tensor.float().requires_grad_() for tensor in (q, k, v)]
-    expected = F.scaled_dot_product_attention(*exact, is_causal=True)
+    expected = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
     expected_gradients = torch.autograd.grad(expected, exact, gradient.float())
     placed = [tensor.to(torch_xla.device()).requires_grad_() for tensor in (q, k, v)]
     found = splash_attention(*placed, 0.0, interpret=True)
@@ -61,4 +63,5 @@ if __name__ == "__main__":
         sys.exit()
     torch_xla.device()  # before the first backward pass: autograd counts the devices then
     results = {name: differences(shape, torch.float32) for name, shape in SHAPES.items()}
+    results["grouped"] = differences(GROUPED, torch.float32, groups=2)
     print(json.dumps(results | {"bf16": differences(SHAPES["D=64"], torch.bfloat16)}))

@@ -98,7 +98,10 @@ def mesh_mistakes(config: PretrainConfig, mesh: str | None, devices: int, hosts:
                 f"{flag} {size} is not divisible by the {count} devices of the mesh's {' × '.join(among)} axes "
                 f"({shape}); use {' or '.join(map(str, fits))}"
             )
-    for flag, size in (("--num-heads", config.model.num_heads), ("--d-ff", config.model.hidden_dim)):
+    cut_by_tensor = [("--num-heads", config.model.num_heads), ("--d-ff", config.model.hidden_dim)]
+    if config.model.kv_heads != config.model.num_heads:
+        cut_by_tensor.append(("--num-kv-heads", config.model.kv_heads))
+    for flag, size in cut_by_tensor:
         if size % shape.tensor:
             fits = [n for n in range(1, devices + 1) if devices % n == 0 and size % n == 0]
             mistakes.append(
@@ -126,6 +129,7 @@ _DIMENSIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "wpe.weight": ((1, 0), (1, 0)),
     "c_attn.weight": ((1,), (1, 0)),
     "c_fc.weight": ((0,), (1, 0)),
+    "c_gate.weight": ((0,), (1, 0)),
     "c_proj.weight": ((1,), (0, 1)),
 }
 
@@ -150,7 +154,9 @@ def parameter_layout(name: str, shape: tuple[int, ...], mesh: MeshShape) -> Layo
 
 
 # Where a matrix stays cut by tensor while it is used: each device multiplies by its own part.
-_IN_USE = {"wte.weight": 0, "lm_head.weight": 0, "c_fc.weight": 0, "c_fc.bias": 0, "c_proj.weight": 1}
+_IN_USE = {"wte.weight": 0, "lm_head.weight": 0, "c_proj.weight": 1} | {
+    f"{matrix}.{kind}": 0 for matrix in ("c_fc", "c_gate") for kind in ("weight", "bias")
+}
 
 
 def layout_in_use(name: str, stored: Layout) -> Layout:

@@ -21,14 +21,14 @@ def recompute_activations(model: GPT, what: Recomputed, checkpoint: Checkpoint) 
     et al. 2022, "Reducing Activation Recomputation in Large Transformer Models").
     """
 
-    def recomputed(function: Callable[..., Tensor], *arguments: Tensor | float) -> Tensor:
+    def recomputed(function: Callable[..., Tensor], *arguments: Tensor | float | None) -> Tensor:
         return checkpoint(function, *arguments) if torch.is_grad_enabled() else function(*arguments)
 
     if what == "block":
 
-        def run_blocks(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
+        def run_blocks(blocks: Iterable[nn.Module], x: Tensor, rotation: Tensor | None) -> Tensor:
             for block in blocks:
-                x = recomputed(block, x)
+                x = recomputed(block, x, rotation)
             return x
 
         model.use(run_blocks=run_blocks)

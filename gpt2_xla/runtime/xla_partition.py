@@ -7,7 +7,7 @@ own rows, as in FSDP, and the gradients come out summed and cut.
 
 import ast
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch_xla.distributed.spmd as xs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt2_xla.model import GPT, Attention
+from gpt2_xla.model import GPT, Attention, RMSNorm, rms_norm
 from gpt2_xla.runtime.mesh import ROWS, Layout, MeshShape, layout_in_use, parameter_layout
 
 WHOLE: tuple[str, ...] = ()  # a dimension that every device holds whole
@@ -53,7 +53,7 @@ class Partition:
             if (forward := _FORWARDS.get(type(module))) is not None:
                 module.forward = partial(forward, module, partial(self.in_use, module, prefix))
             if isinstance(module, Attention) and self.shape.tensor > 1:
-                module.qkv = partial(self._qkv_by_heads, module.c_attn, f"{prefix}.c_attn")  # type: ignore[method-assign]
+                module.qkv = partial(self._qkv_by_heads, module, f"{prefix}.c_attn")  # type: ignore[method-assign]
         model.output_matrix = partial(self.in_use, model.lm_head, "lm_head", "weight")  # type: ignore[method-assign]
         model.loss_chunk *= self.shape.row_shards  # as many tokens on each device as were asked for
         for part in (model.drop, *model.blocks, model.ln_f):
@@ -73,17 +73,19 @@ class Partition:
             parameter = self.cut(parameter.to(torch.get_autocast_dtype("xla")), stored)
         return parameter, stored
 
-    def _qkv_by_heads(self, c_attn: nn.Linear, prefix: str, x: Tensor) -> tuple[Tensor, ...]:
+    def _qkv_by_heads(self, attention: Attention, prefix: str, x: Tensor) -> tuple[Tensor, ...]:
         """`Attention.qkv` where each device of a tensor group computes q, k and v of its own heads.
 
         In one matmul each: the fused one has the outputs [q | k | v], and equal parts of that are not those of some heads.
         """
+        c_attn, widths = attention.c_attn, attention.widths
         weight, stored = self._stored_for(c_attn, prefix, "weight")  # cut by its inputs, so that split() moves nothing
+        biases: Sequence[Tensor | None] = [None] * len(widths)
+        if c_attn.bias is not None:
+            biases = self._whole_bias(c_attn, prefix).split(widths)
         return tuple(
             self.cut(F.linear(x, self._by_outputs(part, stored), bias), BY_ROWS_AND_HEADS)
-            for part, bias in zip(
-                weight.split(x.shape[2]), self._whole_bias(c_attn, prefix).split(x.shape[2]), strict=True
-            )
+            for part, bias in zip(weight.split(widths), biases, strict=True)
         )
 
     def _by_outputs(self, weight: Tensor, stored: Layout) -> Tensor:
@@ -169,7 +171,12 @@ def _layer_norm(norm: nn.LayerNorm, get: Parameters, x: Tensor) -> Tensor:
         x = x.float()
         centered = x - x.mean(dim=-1, keepdim=True)
         scale = torch.rsqrt(centered.square().mean(dim=-1, keepdim=True) + norm.eps)
-        return centered * scale * get("weight") + get("bias")
+        normalized = centered * scale * get("weight")
+        return normalized if norm.bias is None else normalized + get("bias")
+
+
+def _rms_norm(norm: RMSNorm, get: Parameters, x: Tensor) -> Tensor:
+    return rms_norm(x, get("weight"), norm.eps)
 
 
 # How the modules that own parameters compute with gathered ones; see their forward() in torch.nn.
@@ -177,6 +184,7 @@ _FORWARDS: dict[type, Callable[[Any, Parameters, Tensor], Tensor]] = {
     nn.Linear: _linear,
     nn.Embedding: _embedding,
     nn.LayerNorm: _layer_norm,
+    RMSNorm: _rms_norm,
 }
 
 

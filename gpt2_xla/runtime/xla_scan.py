@@ -15,7 +15,9 @@ from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 from torch_xla.experimental.scan import scan, value_and_grad_partitioned
 
-Body = Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, None]]
+# The stream and one layer's inputs: its parameters and, with RoPE, the rotation.
+Inputs = tuple[dict[str, Tensor], *tuple[Tensor, ...]]
+Body = Callable[[Tensor, Inputs], tuple[Tensor, None]]
 _tracing = threading.Lock()  # replicas may be threads of one process, and AOTAutograd's tracer is not made for that
 
 
@@ -31,17 +33,19 @@ class ScannedBlocks:
         self._partition = _save_activations if keep_activations else _save_inputs
         self._bodies: dict[tuple[bool, bool, torch.dtype | None], Body] = {}
 
-    def __call__(self, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
+    def __call__(self, blocks: Iterable[nn.Module], x: Tensor, rotation: Tensor | None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         blocks = list(blocks)
         parameters = [dict(block.named_parameters()) for block in blocks]
         stacked = {name: _Stack.apply(*(one[name] for one in parameters)) for name in parameters[0]}  # (L, ...)
+        # Looped over, and not carried: what is carried gets a gradient, which nobody wants of this.
+        shared = () if rotation is None else (rotation.expand(len(blocks), *rotation.shape),)
         dtype = torch.get_autocast_dtype("xla") if torch.is_autocast_enabled("xla") else None
         body = self._body(blocks[0], dtype)
         with torch.autocast("xla", enabled=False):  # the traces hold their casts
             with _tracing:
-                value_and_grad_partitioned(body, x, stacked, partition_fn=self._partition, is_fn_pure=True)
-            x, _ = scan(body, x, stacked, partition_fn=self._partition, is_fn_pure=True)
+                value_and_grad_partitioned(body, x, (stacked, *shared), partition_fn=self._partition, is_fn_pure=True)
+            x, _ = scan(body, x, (stacked, *shared), partition_fn=self._partition, is_fn_pure=True)
         return x
 
     def _body(self, block: nn.Module, dtype: torch.dtype | None) -> Body:
@@ -49,9 +53,10 @@ class ScannedBlocks:
         mode = (block.training, torch.is_grad_enabled(), dtype)
         if mode not in self._bodies:
 
-            def body(x: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, None]:
+            def body(x: Tensor, inputs: Inputs) -> tuple[Tensor, None]:
+                parameters, *shared = inputs
                 with torch.autocast("xla", dtype, enabled=dtype is not None, cache_enabled=False):
-                    return torch.func.functional_call(block, parameters, (x,), strict=True), None
+                    return torch.func.functional_call(block, parameters, (x, *shared), strict=True), None
 
             self._bodies[mode] = body
         return self._bodies[mode]

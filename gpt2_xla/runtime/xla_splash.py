@@ -16,6 +16,8 @@ import torch_xla
 import torch_xla.core.xla_builder as xb
 from torch import Tensor
 
+from gpt2_xla.model import repeat_heads
+
 BLOCK_BYTES = (
     2048  # of a block's queries, for each of their D elements: 1024 in bf16, and no more than v2 has memory for
 )
@@ -54,13 +56,15 @@ def splash_attention(
     interpret: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """See `Attend`: q, k, v (B, H, T, D) -> (B, H, T, D), of which `mapped` says who holds which part.
+    """See `Attend`; `mapped` says who holds which part of q, k, v and of the result.
 
+    Grouped keys and values are repeated: the (B, H, T, D) that this takes is little beside the T x T that the kernel saves.
     `dtype` is that of the kernel's arrays, default autocast's. `interpret` runs the kernel's steps as plain XLA, on any device.
     """
     assert dropout == 0.0
     if dtype is None:
         dtype = torch.get_autocast_dtype("xla") if torch.is_autocast_enabled("xla") else q.dtype
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     # The kernel has no scale of its own.
     q = (q * (1 / math.sqrt(q.shape[-1]))).to(dtype)
     return _Splash.apply(q, k.to(dtype), v.to(dtype), mapped or OneDevice(), interpret)

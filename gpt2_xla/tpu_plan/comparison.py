@@ -59,6 +59,7 @@ def levers(config: PlanConfig) -> list[str]:
     """What changes memory, traffic or speed of a step, as values of --compare."""
     model, batch = config.model, config.data.train_batch_size
     heads = [model.d_model // size for size in (64, 128) if model.d_model % size == 0]
+    heads = [count for count in heads if count % (model.num_kv_heads or 1) == 0]
     return [
         REFERENCE,
         *("attention=math", "attention=flash"),

@@ -28,7 +28,7 @@ def speed(compiled: Compiled) -> Speed:
     config, target = compiled.wish.config, compiled.wish.slice
     limits = bounds(compiled.traffic, target.device, target.devices)
     tokens_per_second = config.tokens_per_step / limits.step
-    flops = flops_per_token(config.model, compiled.parameters)
+    flops = flops_per_token(config.model)
     return Speed(
         limits,
         all_flops(compiled.traffic),
