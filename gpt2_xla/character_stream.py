@@ -1,6 +1,7 @@
 """A stream of tokens as text: no character is shown before it is whole."""
 
 import codecs
+from collections.abc import Iterable
 
 from gpt2_xla.tokenizer import REPLACEMENT, Tokenizer
 
@@ -35,3 +36,9 @@ class CharacterStream:
         """What was held back; U+FFFD for a character that was not finished."""
         new = self._tokenizer.decode_bytes(self._ids)[self._done :]
         return self._decoder.decode(new, final=True)
+
+
+def whole_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> str:
+    """The text that a stream of these tokens would show."""
+    stream = CharacterStream(tokenizer)
+    return "".join(map(stream.push, tokens)) + stream.finish()

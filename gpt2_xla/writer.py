@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from gpt2_xla.character_stream import CharacterStream
+from gpt2_xla.character_stream import CharacterStream, whole_text
 from gpt2_xla.decoding import Decoder, Drawn, Finish, Machine, generate
 from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
@@ -110,11 +110,7 @@ class Writer:
                     told += 1
 
     def _sample(self, row: _Row, tokens: list[int], finish: Finish) -> Sample:
-        return Sample(row.prompt, self._text(tokens), len(row.tokens), len(tokens), finish, row.seed)
-
-    def _text(self, tokens: list[int]) -> str:
-        stream = CharacterStream(self.tokenizer)  # decode() would cut a leading space off with some tokenizers
-        return "".join(map(stream.push, tokens)) + stream.finish()
+        return Sample(row.prompt, whole_text(self.tokenizer, tokens), len(row.tokens), len(tokens), finish, row.seed)
 
     def _generate(self, rows: list[_Row], at_once: int) -> Iterator[Drawn]:
         config = self.config
