@@ -87,10 +87,14 @@ class Decoder:
         ends = [min(len(text), len(row)) - 1 for text, row in zip(self._all_rows(), tokens, strict=True)]
         device = self._machine.device
         # Between two calls the caller's mode is in force. Inference mode spares bookkeeping that only eager devices feel.
-        with torch.no_grad(), torch.inference_mode(not self._machine.compiles), self._machine.autocast():
-            with cache.attached(), _output_at(self._model.lm_head, torch.tensor(ends).to(device)):
+        with torch.no_grad(), torch.inference_mode(not self._machine.compiles):
+            with (
+                self._machine.autocast(),
+                cache.attached(),
+                _output_at(self._model.lm_head, torch.tensor(ends).to(device)),
+            ):
                 logits = self._model(torch.tensor(tokens).to(device), positions=positions)[:, 0]  # (B, 1, V) -> (B, V)
-            self._machine.launch()
+            self._machine.launch()  # outside of autocast, which keeps weights that it cast: they would become results
             return logits.cpu()[: len(self._texts)].float()
 
 

@@ -48,7 +48,7 @@ def test_only_the_first_step_validation_and_sample_compile(counted):
 
 def test_a_token_of_a_sample_is_one_execution_and_one_fetch(counted):
     sampled = [step[1:] for number, step in enumerate(counted["steps"], start=1) if number in (30, 60, 90, 180)]
-    assert sampled == [[1 + 12, 12]] * 4  # the step's own, and 12 tokens
+    assert sampled == [[1 + 12, 1 + 12]] * 4  # the step's own and the log's; 12 tokens
 
 
 def test_a_step_with_nan_gradients_or_a_nan_loss_is_skipped_on_the_device(counted):
