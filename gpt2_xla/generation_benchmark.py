@@ -1,10 +1,11 @@
 """How fast text is generated: with the cache, by computing the whole prefix again for each token, and by transformers."""
 
+import dataclasses
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,8 @@ from gpt2_xla.runtime.torch_runtime import pick_accelerator
 from gpt2_xla.sampling import Sampling
 from gpt2_xla.script_config import GenerationBenchConfig
 
-EVERY = 16  # tokens of which one is timed where each computes the whole prefix again
+EVERY = 32  # tokens of which one is timed where each computes the whole prefix again
+WARM_UP_TOKENS = 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -37,13 +39,13 @@ class Row:
 def bench(config: GenerationBenchConfig) -> list[Row]:
     """Measure every precision and batch size on one model with random weights; raises `UserError` if it can't."""
     options = config.bench
-    numbers = {
-        "--prompt-tokens": options.prompt_tokens,
-        "--new-tokens": options.new_tokens,
-        "--turns": options.turns,
-        **{f"--batch-sizes {size}:": size for size in options.batch_sizes},
-    }
-    mistakes = [f"{flag} {value} must be at least 1" for flag, value in numbers.items() if value < 1]
+    numbers = [
+        ("--prompt-tokens", options.prompt_tokens),
+        ("--new-tokens", options.new_tokens),
+        ("--turns", options.turns),
+        *(("--batch-sizes", size) for size in options.batch_sizes),
+    ]
+    mistakes = [f"{flag} {value} must be at least 1" for flag, value in numbers if value < 1]
     if options.prompt_tokens + options.new_tokens > config.model.seq_length:
         mistakes.append(
             f"--prompt-tokens {options.prompt_tokens} and --new-tokens {options.new_tokens} are more than --seq-length "
@@ -103,10 +105,10 @@ class _Ways:
         ).cpu()
         return time.perf_counter() - start, made[:, self.prompts.shape[1] :]
 
-    def again(self, written: Tensor) -> float:
+    def again(self, written: Tensor, lengths: Sequence[int] | None = None) -> float:
         """Seconds for all tokens, from one in `EVERY`, where each computes the logits of the whole prefix again."""
         seconds = []
-        for length in range(EVERY // 2, self.count, EVERY):
+        for length in lengths or range(min(EVERY, self.count) // 2, self.count, EVERY):
             prefix = torch.cat([self.prompts, written[:, :length]], dim=1)
             start = time.perf_counter()
             with torch.inference_mode():
@@ -116,18 +118,15 @@ class _Ways:
 
 
 def _measure(ways: _Ways, precision: str, turns: int) -> Row:
-    _, written = ways.ours()  # what warms up is not timed
-    _, theirs = ways.transformers()
-    ways.again(written[:, :EVERY])
+    brief = dataclasses.replace(ways, count=WARM_UP_TOKENS)
+    brief.ours(), brief.transformers(), ways.again(brief.prompts[:, :0], lengths=[0])
     taken: dict[str, list[float]] = {"ours": [], "transformers": [], "again": []}
-    timed: dict[str, Callable[[], float]] = {
-        "ours": lambda: ways.ours()[0],
-        "transformers": lambda: ways.transformers()[0],
-        "again": lambda: ways.again(written),
-    }
     for _ in range(turns):  # in turns, so that what else the machine does hurts all alike
-        for name, way in timed.items():
-            taken[name].append(way())
+        seconds, written = ways.ours()
+        taken["ours"].append(seconds)
+        seconds, theirs = ways.transformers()
+        taken["transformers"].append(seconds)
+        taken["again"].append(ways.again(written))
     agreeing = (written == theirs).long().cumprod(dim=1).float().mean()
     rates = {name: written.numel() / statistics.median(seconds) for name, seconds in taken.items()}
     return Row(precision, len(written), rates["ours"], rates["transformers"], rates["again"], float(agreeing))
