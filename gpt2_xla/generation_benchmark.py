@@ -5,7 +5,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ class Row:
     same_tokens: float  # share of ours and transformers' tokens that agree up to where a row first differs
 
 
-def bench(config: GenerationBenchConfig) -> list[Row]:
+def bench(config: GenerationBenchConfig) -> Iterator[Row]:
     """Measure every precision and batch size on one model with random weights; raises `UserError` if it can't."""
     options = config.bench
     numbers = [
@@ -62,7 +62,6 @@ def bench(config: GenerationBenchConfig) -> list[Row]:
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**hf.hugging_face_config(config.model, None))).eval()
     theirs.load_state_dict(hf.to_hugging_face(dict(model.state_dict()), config.model), strict=False)
     theirs.tie_weights()
-    rows = []
     for precision in options.precisions:
         for part in (model, theirs):
             part.to(device, DTYPES[precision])
@@ -70,8 +69,7 @@ def bench(config: GenerationBenchConfig) -> list[Row]:
             generator = torch.Generator().manual_seed(batch)
             prompts = torch.randint(config.model.vocabulary, (batch, options.prompt_tokens), generator=generator)
             ways = _Ways(model, theirs, Machine(device), prompts, options.new_tokens)
-            rows.append(_measure(ways, precision, options.turns))
-    return rows
+            yield _measure(ways, precision, options.turns)
 
 
 @dataclass(frozen=True)
@@ -143,22 +141,21 @@ def machine_text(config: GenerationBenchConfig) -> str:
     )
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as a Markdown table."""
-    lines = [
-        "| precision | batch | with the cache | transformers' generate | whole prefix again | against the prefix | against transformers | same tokens |",
-        "|---|---|---|---|---|---|---|---|",
+HEADER = """\
+| precision | batch | with the cache | transformers' generate | whole prefix again | against the prefix | against transformers | same tokens |
+|---|---|---|---|---|---|---|---|"""
+
+
+def line(row: Row) -> str:
+    """The row as a line of a Markdown table under `HEADER`."""
+    cells = [
+        row.precision,
+        str(row.batch),
+        f"{row.ours:,.1f}",
+        f"{row.transformers:,.1f}",
+        f"{row.again:,.2f}",
+        f"{row.ours / row.again:.1f} ×",
+        f"{row.ours / row.transformers:.2f} ×",
+        f"{row.same_tokens:.0%}",
     ]
-    for row in rows:
-        cells = [
-            row.precision,
-            str(row.batch),
-            f"{row.ours:,.1f}",
-            f"{row.transformers:,.1f}",
-            f"{row.again:,.2f}",
-            f"{row.ours / row.again:.1f} ×",
-            f"{row.ours / row.transformers:.2f} ×",
-            f"{row.same_tokens:.0%}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "| " + " | ".join(cells) + " |"

@@ -14,10 +14,12 @@ def main() -> None:
     """Measure every row and print the table, in tokens/s."""
     description = "Time generation in tokens/s: with the cache, by transformers, and computing the whole prefix again."
     config = parse(GenerationBenchConfig, sys.argv[1:], description).config
-    from gpt2_xla.generation_benchmark import bench, machine_text, table
+    from gpt2_xla.generation_benchmark import HEADER, bench, line, machine_text
 
-    rows = bench(config)
-    print(f"{machine_text(config)}\n\n{table(rows)}")
+    for number, row in enumerate(bench(config)):
+        if number == 0:
+            print(f"{machine_text(config)}\n\n{HEADER}")
+        print(line(row), flush=True)  # each as it is measured: all of them take minutes
 
 
 if __name__ == "__main__":

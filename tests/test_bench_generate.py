@@ -22,6 +22,6 @@ def test_the_three_ways_are_timed_and_write_the_same():
 def test_all_mistakes_are_told_before_a_model_is_made():
     options = GenerationBenchOptions(turns=0, batch_sizes=(1, 0), prompt_tokens=32, new_tokens=40)
     with pytest.raises(UserError) as caught:
-        bench(GenerationBenchConfig(ModelConfig(seq_length=64), options))
+        next(bench(GenerationBenchConfig(ModelConfig(seq_length=64), options)))
     assert [mistake.split(" must")[0] for mistake in caught.value.mistakes[:2]] == ["--turns 0", "--batch-sizes 0"]
     assert caught.value.mistakes[2].startswith("--prompt-tokens 32 and --new-tokens 40 are more than --seq-length 64")

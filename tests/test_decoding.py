@@ -109,6 +109,18 @@ def test_rows_end_at_end_of_text_and_the_others_go_on(model, machine):
     assert ended == [text[:at] for text, at in zip(free, places[end], strict=True)]
 
 
+def test_a_row_that_ended_past_the_context_no_longer_makes_the_others_pay(model):
+    decoder, widths = Decoder(model, EAGER, 2, 60), []
+    hook = model.wte.register_forward_hook(lambda _module, inputs, _output: widths.append(inputs[0].shape[1]))
+    try:
+        decoder.read([[1] * 30, [2]])
+        for step in range(20):
+            decoder.add([3 if step < 10 else None, 4])
+    finally:
+        hook.remove()
+    assert widths == [30, 1, 1, *[CONTEXT] * 8, *[1] * 10]
+
+
 def test_the_reason_of_each_rows_end_is_told_once(model):
     decoder = Decoder(model, EAGER, 2, 20)
     drawn = list(generate(decoder, PROMPTS[:2], [0, 1], 20, Sampling()))

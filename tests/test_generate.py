@@ -200,6 +200,25 @@ def test_a_prompt_with_tokens_that_the_model_does_not_know_is_refused(run_dir):
         dataclasses.replace(writer, tokenizer=Generous()).write(["x"], 0)
 
 
+def test_samples_come_in_order_though_some_end_early(run_dir, capsys):
+    options = dict(device="cpu", max_new_tokens=60, num_samples=6, batch_size=4, json=True, temperature=2.0)
+    writer = generation.prepare(GenerateConfig(model=str(run_dir), **options), [])
+
+    def texts(tokenizer):
+        dataclasses.replace(writer, tokenizer=tokenizer).write(["x"], 0)
+        return [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+
+    free = texts(ByteTokenizer())
+    cuts = {letter: [text.split(letter)[0] for text in free] for letter in map(chr, range(32, 127))}
+    # Ends in another order than the seeds', and of some alone.
+    letter, ended = next((one, cut) for one, cut in cuts.items() if len(cut[0]) > len(cut[1]) != len(cut[2]) < 60)
+
+    class EndsEarly(ByteTokenizer):
+        end_of_text = ord(letter)
+
+    assert texts(EndsEarly()) == ended
+
+
 def test_bf16_weights_write_too(run_dir, capsys):
     run(run_dir, "abc", max_new_tokens=20, precision="bf16")
     assert re.fullmatch(r"abc[ -~]{20}\n", capsys.readouterr().out)
