@@ -178,6 +178,11 @@ class LoggingConfig:
     """Logging"""
 
     log_interval: int = option(10, "fetch and log the training loss every N steps")
+    sample_interval: int = option(
+        0, "continue --sample-prompt every N steps and log the text; 0: never. Changes nothing of the training"
+    )
+    sample_prompt: str = option("", "text that samples continue; empty: they start from end-of-text, as documents do")
+    sample_tokens: int = option(64, "tokens of each sample; together with the prompt's no more than --seq-length")
     wandb_logging: bool = option(False, "also log to Weights & Biases")
     wandb_project: str = option("gpt2_xla", "W&B project")
     wandb_name: str | None = option(None, "W&B run name; default: the run folder's name")

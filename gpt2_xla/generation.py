@@ -1,85 +1,54 @@
-"""generate.py's work: check the options, load a checkpoint and its tokenizer, stream text."""
+"""generate.py's work: check the options, load a checkpoint and its tokenizer, continue what was asked."""
 
 import math
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from gpt2_xla import checkpoint, sampling
+from gpt2_xla import checkpoint
+from gpt2_xla.decoding import Machine
 from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
+from gpt2_xla.notes import note
+from gpt2_xla.prompts import given_prompts
 from gpt2_xla.runtime.torch_runtime import pick_accelerator
+from gpt2_xla.runtime.xla_installation import installation_mistakes
 from gpt2_xla.script_config import GenerateConfig
 from gpt2_xla.tokenizer import Tokenizer, load_tokenizer
+from gpt2_xla.writer import Writer
 
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Writer:
-    """A model, its tokenizer and the random numbers: all that continuing a text takes."""
-
-    model: GPT
-    tokenizer: Tokenizer
-    config: GenerateConfig
-    generator: torch.Generator
-
-    def write(self, prompt: str) -> None:
-        """Print the prompt and its continuation, whole characters as they come, and a line's end.
-
-        An empty prompt starts from end-of-text, as a document does. The model sees the last `seq_length` tokens.
-        """
-        tokens = self.tokenizer.encode(prompt)
-        context = self.model.config.seq_length
-        if not tokens:
-            note("the prompt is empty; starting from end-of-text")
-            tokens = [self.tokenizer.end_of_text]
-        elif len(tokens) > context:
-            note(f"the prompt has {len(tokens):,} tokens; the model sees the last {context:,}")
-        options = sampling.Sampling(self.config.temperature, self.config.top_k, self.config.top_p)
-        stream = sampling.CharacterStream(self.tokenizer)
-        _print(prompt)
-        for token in sampling.generate(
-            self.model,
-            tokens,
-            self.config.max_new_tokens,
-            options,
-            self.generator,
-            self.tokenizer.end_of_text,
-            self.tokenizer.vocab_size,
-        ):
-            _print(stream.push(token))
-        _print(stream.finish() + "\n")
-
-
 def run(config: GenerateConfig) -> None:
-    """Continue --prompt, or each line typed at the `>> ` prompt; raises UserError with all mistakes together."""
-    writer = prepare(config)
-    if config.prompt is not None:
-        writer.write(config.prompt)
+    """Continue --prompt or those of --prompt-file, or each line typed; raises UserError with all mistakes together."""
+    mistakes = check(config)
+    prompts = _try(lambda: given_prompts(config.prompt, config.prompt_file), mistakes)
+    writer = prepare(config, mistakes)
+    if prompts is not None:
+        writer.write(prompts, config.seed)
     else:
         interact(writer)
 
 
 def interact(writer: Writer) -> None:
-    """Continue each line typed; an empty line asks again, Ctrl-D and Ctrl-C end."""
+    """Continue each line typed; an empty line asks again, Ctrl-D and Ctrl-C end. Each prompt takes seeds of its own."""
+    seed = writer.config.seed
     try:
         while True:
             prompt = input(">> ")
             if prompt:
-                writer.write(prompt)
+                writer.write([prompt], seed)
+                seed += writer.config.num_samples
     except (EOFError, KeyboardInterrupt):
-        _print("\n")
+        print(flush=True)
 
 
-def prepare(config: GenerateConfig) -> Writer:
-    """Load what the options name; raises UserError with every mistake of theirs, before the weights are read."""
-    mistakes = check(config)
-    device = _try(lambda: pick_accelerator(config.device), mistakes)
+def prepare(config: GenerateConfig, mistakes: list[str]) -> Writer:
+    """Load what the options name; raises UserError with every mistake, those found before included, before weights are read."""
+    machine = _try(lambda: open_machine(config.device), mistakes)
     folder = _try(lambda: _resolve(config.model), mistakes)
     tokenizer = None
     if config.tokenizer is not None:
@@ -88,26 +57,50 @@ def prepare(config: GenerateConfig) -> Writer:
         tokenizer = _try(lambda: recorded_tokenizer(folder), mistakes)
     if folder is not None and tokenizer is not None:
         mistakes += check_tokenizer(tokenizer, folder)
-    if mistakes or device is None or folder is None or tokenizer is None:
+    if mistakes or machine is None or folder is None or tokenizer is None:
         raise UserError(mistakes)
-    return Writer(load_model(folder, device), tokenizer, config, torch.Generator().manual_seed(config.seed))
+    model = load_model(folder, machine.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    return Writer(model, tokenizer, config, machine)
+
+
+def open_machine(device: str) -> Machine:
+    """What --device names; raises UserError if this machine lacks it."""
+    if device != "xla":
+        return Machine(torch.device(pick_accelerator(device)))
+    if mistakes := installation_mistakes():
+        raise UserError([f"--device xla: {mistake}" for mistake in mistakes])
+    from gpt2_xla.runtime.xla_generation import xla_machine
+
+    return xla_machine()
 
 
 def check(config: GenerateConfig) -> list[str]:
-    """The mistakes in the numbers."""
-    wrong = []
-    if config.max_new_tokens < 1:
-        wrong.append(f"--max-new-tokens {config.max_new_tokens} is below 1")
-    if not (config.temperature >= 0 and math.isfinite(config.temperature)):
+    """The mistakes in the numbers, and in what goes with what."""
+    wrong = [
+        f"{flag} {value} is below 1"
+        for flag, value in (
+            ("--max-new-tokens", config.max_new_tokens),
+            ("--num-samples", config.num_samples),
+            ("--batch-size", config.batch_size),
+        )
+        if value < 1
+    ]
+    if not 0 <= config.temperature < math.inf:
         wrong.append(
             f"--temperature {config.temperature} is not a number from 0 (always the most likely token) upwards"
         )
-    if config.top_k is not None and config.top_k < 1:
-        wrong.append(f"--top-k {config.top_k} is below 1; leave it out to sample among all tokens")
-    if config.top_p is not None and not 0 < config.top_p <= 1:
-        wrong.append(f"--top-p {config.top_p} is not above 0 and at most 1")
+    if config.top_k < 0:
+        wrong.append(f"--top-k {config.top_k} is below 0, which samples among all tokens")
+    if not 0 <= config.top_p <= 1:
+        wrong.append(f"--top-p {config.top_p} is not from 0 (only the most likely token) to 1 (all tokens)")
+    if not 0 <= config.min_p <= 1:
+        wrong.append(f"--min-p {config.min_p} is not from 0 (all tokens) to 1 (only the most likely one)")
+    if not 0 < config.repetition_penalty < math.inf:
+        wrong.append(f"--repetition-penalty {config.repetition_penalty} is not a number above 0; 1 changes nothing")
     if not 0 <= config.seed < 2**63:
         wrong.append(f"--seed {config.seed} is not between 0 and 2^63 - 1")
+    if config.json and config.prompt is None and config.prompt_file is None:
+        wrong.append("--json needs --prompt or --prompt-file")
     return wrong
 
 
@@ -158,21 +151,14 @@ def check_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[str]:
     return []
 
 
-def load_model(folder: Path, device: str | torch.device) -> GPT:
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> GPT:
     """The model of a checkpoint or of a Hugging Face folder, on the device, in evaluation mode; raises UserError."""
     weights = checkpoint.read_weights(folder)
     with torch.device("meta"):  # no time spent on initial weights that would be overwritten
         model = GPT(checkpoint.read_model_config(folder))
-    model.to_empty(device=device)
+    model.to_empty(device="cpu")
     model.tie_weights()
     checkpoint.load_weights(model, weights)
+    model.to(device, dtype)
+    model.tie_weights()  # a move to an XLA device makes two tensors of a tied one
     return model.eval()
-
-
-def note(sentence: str, kind: str = "note") -> None:
-    """A line on standard error, so that standard output is text alone."""
-    print(f"{kind}: {sentence}", file=sys.stderr, flush=True)
-
-
-def _print(text: str) -> None:
-    print(text, end="", flush=True)

@@ -1,6 +1,7 @@
 """What a run tells: one Metrics object, and the sinks that it writes to (progress bar, JSONL, W&B)."""
 
 import contextlib
+import html
 import json
 import math
 import os
@@ -18,7 +19,7 @@ Record = dict[str, Any]
 
 
 class Sink(Protocol):
-    """Takes records {"kind": "train" | "valid" | "rollback", "step": …, name: number}."""
+    """Takes records {"kind": "train" | "valid" | "rollback" | "sample", "step": …, name: number or text}."""
 
     def write(self, record: Record) -> None:
         """Take one record; must not raise for want of disk or network."""
@@ -96,6 +97,9 @@ class ProgressBar:
                 f"step {record['step']}: validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}{best}"
             )
             return
+        if record["kind"] == "sample":
+            tqdm.write(f"step {record['step']} writes: {record['prompt']}{record['text']}")
+            return
         if record["kind"] != "train":
             return
         shown = {"loss": f"{record['loss']:.4f}", "tokens/s": f"{record['tokens_per_second']:,.0f}"}
@@ -167,9 +171,12 @@ class WandbSink:
             reason = str(error).splitlines()[0]
             raise UserError(f"--wandb-logging: {reason} (WANDB_MODE=offline logs without an account)") from error
         self.run_id: str = self._run.id
+        self._as_text = lambda text: wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)
 
     def write(self, record: Record) -> None:
-        if record["kind"] == "valid" or record["step"] % self._interval == 0:
+        if record["kind"] == "sample":
+            self._run.log({"sample/text": self._as_text(record["prompt"] + record["text"])}, step=record["step"])
+        elif record["kind"] == "valid" or record["step"] % self._interval == 0:
             numbers = {f"{record['kind']}/{k}": v for k, v in record.items() if k not in ("kind", "step")}
             self._run.log(numbers, step=record["step"])
 

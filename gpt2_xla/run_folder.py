@@ -11,10 +11,9 @@ from pathlib import Path
 
 from gpt2_xla import checkpoint_files, checkpoint_parts
 from gpt2_xla.config import PretrainConfig, to_dict
-from gpt2_xla.data.pretraining import PretrainingData
+from gpt2_xla.data.pretraining import TOKENIZER_FOLDER, PretrainingData
 from gpt2_xla.durable_files import atomic_write
 from gpt2_xla.errors import UserError
-from gpt2_xla.saving import TOKENIZER_FOLDER
 
 PATIENCE = 30.0  # seconds that the processes of a run that was killed may take to be gone
 

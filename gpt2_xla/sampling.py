@@ -1,29 +1,36 @@
-"""Logits → the next token: temperature, top-k, top-p; and generation, one token at a time."""
+"""Logits → the next token. Pure functions: chance comes in as a number between 0 and 1 for each row."""
 
-import codecs
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gpt2_xla.errors import UserError
-from gpt2_xla.model import GPT
-from gpt2_xla.tokenizer import REPLACEMENT, Tokenizer
-
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose the next token. Filters apply in the order of the fields."""
+    """How to choose the next token. Applied in the order of the fields, as transformers does; each default changes nothing."""
 
+    repetition_penalty: float = 1.0
     temperature: float = 1.0  # divides the logits; 0 takes the most likely token
-    top_k: int | None = None
-    top_p: float | None = None
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits (..., V) with those of the tokens seen, a mask (..., V), made less likely (CTRL, Keskar et al. 2019).
+
+    A positive logit is divided by the penalty, a negative one multiplied with it; a penalty below 1 favours repetition.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Logits (..., V) with all but the k largest set to -inf; those equal to the k-th are kept too."""
-    smallest = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
+    """Logits (..., V) with all but the k largest set to -inf; those equal to the k-th are kept too. k = 0 keeps all."""
+    if not 0 < k < logits.shape[-1]:
+        return logits
+    smallest = logits.topk(k, dim=-1).values[..., -1:]
     return logits.masked_fill(logits < smallest, -torch.inf)
 
 
@@ -31,7 +38,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Logits (..., V) with all but the nucleus set to -inf (Holtzman et al. 2020).
 
     The nucleus is the fewest tokens, most likely first, whose probabilities sum to p or more: the token that crosses p
-    is in it, and the most likely one always. Among equals the lower id comes first.
+    is in it, and the most likely one always, so that p = 0 keeps that one alone. Among equals the lower id comes first.
     """
     if p >= 1:
         return logits  # rounding must not cut the tail off
@@ -42,79 +49,40 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(outside.scatter(-1, order.indices, outside), -torch.inf)
 
 
-def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Draw a token for each row: float32 logits (B, V) -> (B,). The generator lives on the logits' device."""
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """Logits (..., V) without the tokens that are less than p times as likely as the most likely one (Nguyen et al. 2024).
+
+    p = 0 keeps all, p = 1 the most likely token and its equals.
+    """
+    if p <= 0:
+        return logits
+    return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(p), -torch.inf)
+
+
+def filtered(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
+    """Logits (B, V) as a draw takes them: penalized, tempered (if not 0), and -inf where a filter forbids the token.
+
+    `seen` (B, V) marks the tokens of the text so far; needed for a repetition penalty alone.
+    """
+    if seen is not None and sampling.repetition_penalty != 1:
+        logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
+        return logits
     # Subtracting the maximum changes no probability and keeps tiny temperatures from overflowing.
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
-    if sampling.top_k is not None:
-        logits = keep_top_k(logits, sampling.top_k)
-    if sampling.top_p is not None:
-        logits = keep_top_p(logits, sampling.top_p)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+    logits = keep_top_k(logits, sampling.top_k)
+    return keep_min_p(keep_top_p(logits, sampling.top_p), sampling.min_p)
 
 
-def generate(
-    model: GPT,
-    tokens: list[int],
-    max_new_tokens: int,
-    sampling: Sampling,
-    generator: torch.Generator,
-    end_of_text: int | None = None,
-    vocab_size: int | None = None,
-) -> Iterator[int]:
-    """Continue `tokens` (at least one), yielding one id at a time; ends before `end_of_text` or at `max_new_tokens`.
+def choose(logits: Tensor, sampling: Sampling, chance: Tensor, seen: Tensor | None = None) -> Tensor:
+    """The next token of each row, (B,): the place where `chance` (B,), float64 in [0, 1), falls in the cumulated probabilities.
 
-    The model sees the last `seq_length` tokens. Ids from `vocab_size` on, a padded vocabulary's, are never drawn. Drawing
-    is on the CPU in float32, with a CPU generator, whatever the model's device. Raises UserError for logits that are NaN.
+    Logits are float32 (B, V); a row's token depends on nothing of the other rows.
     """
-    tokens, context = list(tokens), model.config.seq_length
-    for _ in range(max_new_tokens):
-        logits = next_logits(model, tokens[-context:])[:, :vocab_size]
-        if logits.isnan().any():
-            raise UserError("the model's logits are not numbers (NaN): the training that made it has diverged")
-        token = int(sample(logits, sampling, generator))
-        if token == end_of_text:
-            return
-        tokens.append(token)
-        yield token
-
-
-@torch.inference_mode()
-def next_logits(model: GPT, tokens: list[int]) -> Tensor:
-    """Logits (1, V) of the token after `tokens`, float32 on the CPU. The model must be in evaluation mode."""
-    device = next(model.parameters()).device
-    return model(torch.tensor([tokens], device=device))[:, -1].float().cpu()  # (1, T) -> (1, T, V) -> (1, V)
-
-
-class CharacterStream:
-    """Turns a stream of tokens into text, holding back the bytes of a character until it is whole.
-
-    Bytes that can't become UTF-8 come out as U+FFFD.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._done = 0  # bytes of self._ids that the decoder has seen
-        self._held = 0  # tokens whose bytes it has not
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token: int) -> str:
-        """The text that this token completes; often empty inside of a character."""
-        self._ids.append(token)
-        new = self._tokenizer.decode_bytes(self._ids)[self._done :]
-        # Tokenizers that are not byte-level show an unfinished character as U+FFFD until its last byte (of at most 4).
-        self._held += 1
-        if new.endswith(REPLACEMENT) and self._held < 4:
-            return ""
-        # A token's bytes can depend on those before it (a leading space): keep a few.
-        self._ids, self._held = self._ids[-8:], 0
-        self._done = len(self._tokenizer.decode_bytes(self._ids))
-        return self._decoder.decode(new)
-
-    def finish(self) -> str:
-        """What was held back; U+FFFD for a character that was not finished."""
-        new = self._tokenizer.decode_bytes(self._ids)[self._done :]
-        return self._decoder.decode(new, final=True)
+    logits = filtered(logits, sampling, seen)
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    total = logits.double().softmax(dim=-1).cumsum(dim=-1)  # (B, V); float32 sums would be off by 1e-5 in 50,000 tokens
+    # Below the whole sum even where it is rounded up, so that no token of probability 0 is taken.
+    place = torch.minimum(chance * total[:, -1], total[:, -1].nextafter(torch.zeros(())))
+    return torch.searchsorted(total, place.unsqueeze(-1), right=True).squeeze(-1)

@@ -14,6 +14,7 @@ from gpt2_xla import checkpoint, checkpoint_parts, optim
 from gpt2_xla.checkpoint import SaveError
 from gpt2_xla.checkpoint_files import save_number
 from gpt2_xla.config import PretrainConfig, to_dict
+from gpt2_xla.data.pretraining import TOKENIZER_FOLDER
 from gpt2_xla.errors import UserError
 from gpt2_xla.remote_store import StoreError
 from gpt2_xla.shares import Share
@@ -21,8 +22,6 @@ from gpt2_xla.uploads import Uploads
 
 if TYPE_CHECKING:
     from gpt2_xla.train import Run
-
-TOKENIZER_FOLDER = "tokenizer"  # in the run folder: files of a Hugging Face tokenizer, copied into each checkpoint
 
 
 @dataclass(frozen=True)

@@ -100,13 +100,35 @@ class GenerateConfig:
         None, "bytes, a tiktoken name, or a Hugging Face tokenizer; default: the one recorded in the checkpoint"
     )
     prompt: str | None = option(None, "text to continue; without it, an interactive prompt")
+    prompt_file: str | None = option(
+        None, "UTF-8 file of prompts, one a line, blank lines skipped; - reads standard input"
+    )
+    num_samples: int = option(
+        1, "continuations of each prompt; number n, from 0, is what --num-samples 1 writes with --seed plus n"
+    )
+    batch_size: int = option(8, "continuations computed side by side")
     max_new_tokens: int = option(128, "tokens to add at most; ends earlier at end-of-text")
     temperature: float = option(0.8, "divides the logits; 0 always takes the most likely token")
-    top_k: int | None = option(None, "sample among the k most likely tokens")
-    top_p: float | None = option(None, "sample among the fewest tokens whose probabilities reach p")
+    top_k: int = option(0, "sample among the k most likely tokens; 0: among all")
+    top_p: float = option(
+        1.0, "sample among the fewest tokens whose probabilities reach p; 1: among all, 0: only the most likely"
+    )
+    min_p: float = option(
+        0.0, "sample among the tokens at least p times as likely as the most likely one; 0: among all"
+    )
+    repetition_penalty: float = option(
+        1.0,
+        "make tokens of the text so far less likely: positive logits are divided by this, negative ones multiplied; 1: no change",
+    )
     seed: int = option(1337, "seed of the sampling")
-    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option(
-        "auto", "device; auto takes the accelerator that torch finds, else the CPU"
+    json: bool = option(
+        False,
+        "print one JSON object a line for each continuation: prompt, text, prompt_tokens, tokens, finish_reason (length, end_of_text), seed",
+    )
+    precision: Literal["fp32", "bf16"] = option("fp32", "precision of weights and matmuls; tokens are drawn in float32")
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu", "xla"] = option(
+        "auto",
+        "device; auto takes the accelerator that torch finds, else the CPU; xla is the first device of PJRT_DEVICE, where each length of prompts, up to the next power of two, is compiled once",
     )
 
 
@@ -134,6 +156,26 @@ class BenchConfig:
 
     model: ModelConfig = ModelConfig()
     bench: BenchOptions = BenchOptions()
+
+
+@dataclass(frozen=True)
+class GenerationBenchOptions:
+    """What to measure"""
+
+    precisions: tuple[Literal["fp32", "bf16"], ...] = option(("fp32", "bf16"), "precisions of the weights to measure")
+    batch_sizes: tuple[int, ...] = option((1, 8), "texts to continue side by side")
+    prompt_tokens: int = option(32, "tokens of each prompt")
+    new_tokens: int = option(256, "tokens to add")
+    turns: int = option(3, "times that each way is timed, in turns; medians are told")
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option("auto", "device")
+
+
+@dataclass(frozen=True)
+class GenerationBenchConfig:
+    """Options of scripts/bench_generate.py."""
+
+    model: ModelConfig = ModelConfig()
+    bench: GenerationBenchOptions = GenerationBenchOptions()
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from gpt2_xla.schedule import learning_rate
 from gpt2_xla.step_guard import StepGuard
 from gpt2_xla.summary import epochs_text, summary
 from gpt2_xla.training_log import TrainingLog
+from gpt2_xla.training_samples import SamplePrompt, open_samples, sample_prompt
 from gpt2_xla.watchdog import Phases, Unwatched, open_watchdog
 
 
@@ -49,6 +50,7 @@ class Run:
     best_valid_loss: float = math.inf
     recent_losses: list[float] = field(default_factory=list)  # mean losses of the last log windows, for --spike-factor
     phases: Phases = field(default_factory=Unwatched)
+    sample_prompt: SamplePrompt | None = None  # what samples continue, if there are any
     saver: Saver = field(init=False)
 
     def __post_init__(self) -> None:
@@ -93,10 +95,11 @@ def start_run(
     phases: Phases | None = None,
 ) -> tuple[Run, str | None]:
     """Build model and optimizer, restore the checkpoint if there is one, print the summary; the run and its W&B id."""
+    prompt = sample_prompt(config, data)
     model = build_model(config.model, config.runtime.loss_chunk, config.run.seed, config.runtime.vocab_multiple)
     forward = runtime.place(model)
     run = Run(config, runtime, data, model, forward, runtime.build_optimizer(model, config.optim))
-    run.phases, run.source = phases or run.phases, source
+    run.phases, run.source, run.sample_prompt = phases or run.phases, source, prompt
     wandb_id = restore(run, source) if source else None
     if not runtime.agree_on(run.step):
         raise UserError(
@@ -134,6 +137,7 @@ def train(run: Run) -> None:
     log = TrainingLog(config, runtime, run.metrics, flops, run.data.train.epochs)
     profile = StepProfile(config, runtime, log, run.metrics)
     guard = StepGuard(run, log, watch)
+    samples = open_samples(run, log, watch)
     run.ledger = open_ledger(config, run.data, run.step, run.samples, run.source, run.metrics.say)
     batches = _batches(run)
     run.forward.train()
@@ -156,6 +160,7 @@ def train(run: Run) -> None:
             watch.worked("training", run.step, batch, graph)
             log.step_done(run.step, run.samples)
             profile.after_step(run.step)
+            samples.after_step(run.step)
             validate_now, save_now = _validation_due(run), _due(config.run.save_interval, run.step, total_steps)
             if validate_now or save_now:
                 log.pause()

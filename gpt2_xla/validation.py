@@ -48,6 +48,7 @@ def _range_mistakes(config: PretrainConfig) -> list[str]:
         "--valid-steps": run.valid_steps if run.valid_steps is not None else 1,
         "--saved-checkpoint-limit": run.saved_checkpoint_limit,
         "--log-interval": log.log_interval,
+        "--sample-tokens": log.sample_tokens,
         "--vocab-multiple": config.runtime.vocab_multiple,
     }
     if isinstance(config.runtime, XlaConfig):
@@ -67,6 +68,7 @@ def _range_mistakes(config: PretrainConfig) -> list[str]:
         "--hang-timeout": run.hang_timeout,
         "--max-recompiles": config.runtime.max_recompiles or 0,
         "--max-skipped-steps": run.max_skipped_steps,
+        "--sample-interval": log.sample_interval,
     }
     mistakes = [f"{flag} {value} must be at least 1" for flag, value in at_least_one.items() if value < 1]
     mistakes += [
@@ -131,6 +133,11 @@ def _sharding_mistakes(config: PretrainConfig, explicit: Set[str]) -> list[str]:
             return [f"--mesh {runtime.mesh} says how --sharding fsdp cuts; add --sharding fsdp, or leave --mesh out"]
         return []
     mistakes = []
+    if config.logging.sample_interval > 0:
+        mistakes.append(
+            "--sample-interval is not supported with --sharding fsdp, which has no way to decode one text on all devices; "
+            "leave it out, and use generate.py on the checkpoints"
+        )
     if "mp_start_method" in explicit:
         mistakes.append(
             f"--mp-start-method {runtime.mp_start_method} has no meaning with --sharding fsdp, which starts no processes: "

@@ -17,14 +17,14 @@ from gpt2_xla.runtime.base import Runtime
 
 FOLDER = "progress"  # in the run folder while the run lasts: where each rank was when last heard of
 COMPILE_SECONDS = 3600.0  # that a compilation, or the start-up, may take if --hang-timeout is shorter
-COMPILED = ("step", "eval")  # phases whose first time compiles a program, on a runtime that compiles
+COMPILED = ("step", "eval", "sample")  # phases whose first time compiles a program, on a runtime that compiles
 
 
 @dataclass(frozen=True)
 class Progress:
     """What a rank does since a moment."""
 
-    phase: str  # start-up, data, compile, step, eval, save, end
+    phase: str  # start-up, data, compile, step, eval, sample, save, end
     step: int  # optimizer steps done
     since: float  # time.monotonic()
 

@@ -1,5 +1,6 @@
 """generate.py as a user starts it, and its parts in this process."""
 
+import dataclasses
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ascii_run import MODEL, make_run
 
 from gpt2_xla import checkpoint, generation
 from gpt2_xla.checkpoint import TrainerState
@@ -24,23 +26,6 @@ from gpt2_xla.tokenizer import ByteTokenizer
 torch.set_num_threads(1)  # see test_sampling.py
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = ModelConfig(vocab_size=257, seq_length=16, d_model=32, num_layers=2, num_heads=2, tie_weights=False)
-
-
-def make_run(run_dir: Path, model_config: ModelConfig = MODEL, **state) -> Path:
-    """A run folder whose model says printable ASCII only, and not always the same."""
-    model = GPT(model_config)
-    model.initialize(seed=0)
-    with torch.no_grad():
-        model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(1))
-        # The final LayerNorm's bias pushes along one direction, in which only these ids lie.
-        model.ln_f.bias[0] = 50.0
-        model.lm_head.weight[:, 0] = -1.0
-        model.lm_head.weight[32:127, 0] = 1.0
-    config = to_dict(PretrainConfig(model=model_config))
-    recorded = {"tokenizer": "bytes", "tokenizer_hash": ByteTokenizer.hash} | state
-    checkpoint.save(run_dir, TrainerState(10, 80, config, **recorded), whole_shares(model.state_dict()), [], 256)
-    return run_dir
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +82,45 @@ def test_a_reader_that_goes_away_ends_it_quietly(run_dir):
 
 
 def test_all_mistakes_are_listed_at_once(tmp_path):
-    result = generate(
-        *("--model", tmp_path, "--tokenizer", "byte", "--max-new-tokens", 0, "--temperature", -1),
-        *("--top-p", 1.5, "--top-k", 0, "--seed", -1, "--prompt", "x"),
-    )
+    options = {
+        "--tokenizer": "byte",
+        "--max-new-tokens": 0,
+        "--num-samples": -1,
+        "--batch-size": 0,
+        "--temperature": "nan",
+        "--top-p": 1.5,
+        "--top-k": -1,
+        "--min-p": -0.5,
+        "--repetition-penalty": 0,
+        "--seed": -1,
+    }
+    words = [word for option in options.items() for word in option]
+    result = generate("--model", tmp_path, *words, "--prompt", "x", "--prompt-file", "y")
     assert (result.returncode, result.stdout) == (2, "")
     assert "Traceback" not in result.stderr
-    assert result.stderr.startswith("7 errors:")
-    for flag in ("--model", "--tokenizer byte", "--max-new-tokens 0", "--temperature -1", "--top-p 1.5", "--top-k 0"):
-        assert flag in result.stderr
+    assert result.stderr.startswith("12 errors:")
+    for flag, value in {**options, "--model": tmp_path, "--prompt and": "--prompt-file"}.items():
+        assert f"{flag} {value}" in result.stderr
+
+
+def test_a_file_of_prompts_is_continued_in_its_order_as_json(run_dir, tmp_path):
+    prompts = ["first", "the second, which is longer than the context", "third né", "4"]
+    (tmp_path / "prompts").write_text("\n".join([*prompts[:2], "", *prompts[2:]]) + "\n")
+    options = ("--model", run_dir, "--max-new-tokens", 20, "--num-samples", 2, "--batch-size", 3, "--seed", 7, "--json")
+    result = generate(*options, "--prompt-file", tmp_path / "prompts")
+    assert result.returncode == 0, result.stderr
+    assert "1 blank line skipped" in result.stderr
+    assert "note: prompt 2 has 44 tokens; the model sees the last 16" in result.stderr
+    samples = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(sample["prompt"], sample["seed"]) for sample in samples] == [(p, s) for p in prompts for s in (7, 8)]
+    for sample in samples:
+        assert sample["prompt_tokens"] == len(sample["prompt"].encode())
+        assert (sample["tokens"], sample["finish_reason"]) == (20, "length")
+        assert re.fullmatch("[ -~]{20}", sample["text"])
+    typed = generate(*options, "--prompt-file", "-", typed="\n".join(prompts))
+    assert typed.stdout == result.stdout
+    alone = generate("--model", run_dir, "--max-new-tokens", 20, "--seed", 8, "--prompt", prompts[2])
+    assert alone.stdout == prompts[2] + samples[5]["text"] + "\n"
 
 
 # The rest runs in this process: starting Python takes longer than all of it.
@@ -123,6 +138,90 @@ def test_greedy_text_does_not_depend_on_the_seed(run_dir, capsys):
     assert texts[0] == texts[1]
     run(run_dir, "abc", temperature=1.0, max_new_tokens=30, seed=1)
     assert capsys.readouterr().out != texts[0]
+
+
+def test_several_texts_are_told_apart_by_headers(run_dir, capsys):
+    run(run_dir, "abc", max_new_tokens=4, num_samples=2, seed=5)
+    shown = capsys.readouterr()
+    blocks = r"--- sample 1: seed 5, 4 tokens\nabc([ -~]{4})\n\n--- sample 2: seed 6, 4 tokens\nabc([ -~]{4})\n\n"
+    texts = re.fullmatch(blocks, shown.out)
+    assert texts
+    for seed, text in zip((5, 6), texts.groups(), strict=True):
+        run(run_dir, "abc", max_new_tokens=4, seed=seed)
+        assert capsys.readouterr().out == f"abc{text}\n"
+
+
+@pytest.mark.parametrize(
+    "options", [dict(top_k=0, top_p=1.0, min_p=0.0), dict(top_k=10**6), dict(top_p=1.0), dict(repetition_penalty=1.0)]
+)
+def test_options_that_change_nothing_are_accepted(run_dir, capsys, options):
+    run(run_dir, "abc", max_new_tokens=20)
+    plain = capsys.readouterr().out
+    run(run_dir, "abc", max_new_tokens=20, **options)
+    assert capsys.readouterr().out == plain
+
+
+@pytest.mark.parametrize("options", [dict(top_k=1), dict(top_p=0.0), dict(min_p=1.0)])
+def test_filters_at_their_narrowest_are_greedy(run_dir, capsys, options):
+    run(run_dir, "abc", max_new_tokens=20, temperature=0.0)
+    greedy = capsys.readouterr().out
+    run(run_dir, "abc", max_new_tokens=20, **options)
+    assert capsys.readouterr().out == greedy
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (None, "cannot be read: No such file or directory"),
+        (b"", "holds no prompt; write one a line"),
+        (b"\n \n", "holds no prompt; write one a line"),
+        (b"good\nbad \xff\n", "is not UTF-8 text, line 2; save it as UTF-8"),
+    ],
+)
+def test_a_prompt_file_that_is_of_no_use_is_explained(run_dir, tmp_path, content, says):
+    if content is not None:
+        (tmp_path / "prompts").write_bytes(content)
+    with pytest.raises(UserError, match=f"--prompt-file {tmp_path / 'prompts'} {says}"):
+        generation.run(GenerateConfig(model=str(run_dir), prompt_file=str(tmp_path / "prompts"), device="cpu"))
+
+
+def test_json_without_a_prompt_is_refused(run_dir):
+    with pytest.raises(UserError, match="--json needs --prompt or --prompt-file"):
+        generation.run(GenerateConfig(model=str(run_dir), json=True, device="cpu"))
+
+
+def test_a_prompt_with_tokens_that_the_model_does_not_know_is_refused(run_dir):
+    class Generous(ByteTokenizer):
+        def encode(self, text):
+            return [256, 257]
+
+    writer = generation.prepare(GenerateConfig(model=str(run_dir), device="cpu"), [])
+    with pytest.raises(UserError, match="the prompt has token 257, but the model's vocabulary ends at 256"):
+        dataclasses.replace(writer, tokenizer=Generous()).write(["x"], 0)
+
+
+def test_samples_come_in_order_though_some_end_early(run_dir, capsys):
+    options = dict(device="cpu", max_new_tokens=60, num_samples=6, batch_size=4, json=True, temperature=2.0)
+    writer = generation.prepare(GenerateConfig(model=str(run_dir), **options), [])
+
+    def texts(tokenizer):
+        dataclasses.replace(writer, tokenizer=tokenizer).write(["x"], 0)
+        return [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+
+    free = texts(ByteTokenizer())
+    cuts = {letter: [text.split(letter)[0] for text in free] for letter in map(chr, range(32, 127))}
+    # Ends in another order than the seeds', and of some alone.
+    letter, ended = next((one, cut) for one, cut in cuts.items() if len(cut[0]) > len(cut[1]) != len(cut[2]) < 60)
+
+    class EndsEarly(ByteTokenizer):
+        end_of_text = ord(letter)
+
+    assert texts(EndsEarly()) == ended
+
+
+def test_bf16_weights_write_too(run_dir, capsys):
+    run(run_dir, "abc", max_new_tokens=20, precision="bf16")
+    assert re.fullmatch(r"abc[ -~]{20}\n", capsys.readouterr().out)
 
 
 def test_a_long_prompt_is_cut_on_the_left_with_a_note(run_dir, capsys):

@@ -1,37 +1,43 @@
-"""Samplers against brute-force references; generation against the model called by hand."""
+"""Samplers against brute-force references and transformers' own."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2_xla.config import ModelConfig
-from gpt2_xla.errors import UserError
-from gpt2_xla.model import GPT
-from gpt2_xla.sampling import CharacterStream, Sampling, generate, keep_top_k, keep_top_p, sample
-from gpt2_xla.tokenizer import ByteTokenizer
+from gpt2_xla.sampling import (
+    Sampling,
+    choose,
+    filtered,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalize_repetition,
+)
 
 torch.set_num_threads(1)  # on a busy machine, threads that share tiny matrices wait for one another: 10 times slower
 
 # Quarters give many ties; the range reaches probabilities that vanish in float32.
 LOGITS = st.lists(st.integers(-160, 160).map(lambda n: n / 4), min_size=1, max_size=20)
+CHANCE = st.floats(0, 1, exclude_max=True)
 
 
 def kept(logits: torch.Tensor) -> set[int]:
     return set(logits.isfinite().nonzero().flatten().tolist())
 
 
-@given(LOGITS, st.integers(1, 30))
+@given(LOGITS, st.integers(0, 30))
 def test_top_k_keeps_the_k_largest_and_their_equals(values, k):
-    threshold = sorted(values, reverse=True)[min(k, len(values)) - 1]
+    threshold = sorted(values, reverse=True)[min(k, len(values)) - 1] if k else -math.inf
     filtered = keep_top_k(torch.tensor(values), k)
     assert kept(filtered) == {i for i, v in enumerate(values) if v >= threshold}
     assert all(filtered[i] == values[i] for i in kept(filtered))
 
 
-@given(LOGITS, st.floats(0.001, 1.0))
+@given(LOGITS, st.floats(0, 1.0))
 @settings(deadline=None)
 def test_top_p_keeps_the_fewest_tokens_that_reach_p(values, p):
     weights = [math.exp(v - max(values)) for v in values]
@@ -52,123 +58,106 @@ def test_top_p_keeps_the_token_that_crosses_the_threshold():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     assert kept(keep_top_p(logits, 0.6)) == {0, 1}
     assert kept(keep_top_p(logits, 1e-9)) == {0}
+    assert kept(keep_top_p(logits, 0.0)) == {0}
     assert kept(keep_top_p(logits, 1.0)) == {0, 1, 2, 3}
-    assert kept(keep_top_p(torch.zeros(4), 0.5)) == {0, 1}
+    assert kept(keep_top_p(torch.zeros(4), 0.5)) == {0, 1}  # equals: the lower ids
+    assert kept(keep_top_p(torch.zeros(4), 0.0)) == {0}
+
+
+@given(LOGITS, st.floats(0, 1))
+@settings(deadline=None)
+def test_min_p_keeps_what_is_at_least_p_times_as_likely_as_the_most_likely(values, p):
+    ratios = [math.exp(v - max(values)) for v in values]
+    if any(abs(ratio - p) < 1e-6 * p for ratio in ratios if ratio < 1):
+        return  # float32 may fall on either side
+    assert kept(keep_min_p(torch.tensor(values), p)) == {i for i, ratio in enumerate(ratios) if ratio >= p or p == 0}
+
+
+def test_min_p_of_0_keeps_all_and_of_1_the_most_likely():
+    logits = torch.tensor([3.0, -80.0, 3.0, 2.9])
+    assert kept(keep_min_p(logits, 0.0)) == {0, 1, 2, 3}
+    assert kept(keep_min_p(logits, 1.0)) == {0, 2}
+
+
+@given(LOGITS, st.sets(st.integers(0, 19)), st.floats(0.1, 5))
+@settings(deadline=None)
+def test_a_repetition_penalty_is_that_of_ctrl(values, tokens, penalty):
+    seen = torch.tensor([i in tokens for i in range(len(values))])
+    expected = [(v / penalty if v > 0 else v * penalty) if i in tokens else v for i, v in enumerate(values)]
+    torch.testing.assert_close(penalize_repetition(torch.tensor(values), seen, penalty), torch.tensor(expected))
+
+
+def test_all_filters_together_are_those_of_transformers():
+    from transformers import generation
+
+    generator = torch.Generator().manual_seed(0)
+    logits, text = 1.5 * torch.randn(6, 50, generator=generator), torch.randint(50, (6, 9), generator=generator)
+    seen = torch.zeros(6, 50, dtype=torch.bool).scatter(1, text, True)
+    processors = [
+        generation.RepetitionPenaltyLogitsProcessor(1.7),
+        generation.TemperatureLogitsWarper(0.8),
+        generation.TopKLogitsWarper(20),
+        generation.TopPLogitsWarper(0.9),
+        generation.MinPLogitsWarper(0.02),
+    ]
+    expected = logits
+    for processor in processors:
+        expected = processor(text, expected)
+    ours = filtered(logits, Sampling(1.7, 0.8, 20, 0.9, 0.02), seen)
+    assert int(ours.isfinite().sum(dim=1).min()) > 2
+    torch.testing.assert_close(ours.softmax(dim=-1), expected.softmax(dim=-1))
 
 
 def test_filters_work_on_each_row_by_itself():
     rows = torch.tensor([[1.0, 2, 3], [3, 2, 1]])
     assert keep_top_k(rows, 1).isfinite().tolist() == [[False, False, True], [True, False, False]]
     assert keep_top_p(rows, 0.1).isfinite().tolist() == [[False, False, True], [True, False, False]]
+    assert keep_min_p(rows, 0.5).isfinite().tolist() == [[False, False, True], [True, False, False]]
 
 
-@given(LOGITS, st.floats(0.01, 5), st.integers(1, 25), st.floats(0.01, 1), st.integers(0, 99))
+@given(LOGITS, CHANCE)
 @settings(deadline=None)
-def test_a_sample_is_allowed_by_both_filters_and_follows_the_seed(values, temperature, k, p, seed):
-    logits = torch.tensor([values])
-    draws = [int(sample(logits, Sampling(temperature, k, p), torch.Generator().manual_seed(seed))) for _ in range(2)]
-    assert draws[0] == draws[1]
-    shifted = (logits[0] - logits.max()) / temperature
-    assert draws[0] in kept(keep_top_p(keep_top_k(shifted, k), p))
+def test_a_token_is_chosen_where_the_chance_falls_in_the_cumulated_probabilities(values, chance):
+    weights = [Fraction(math.exp(v - max(values))) for v in values]
+    place, reached, expected = Fraction(chance) * sum(weights), Fraction(0), 0
+    for token, weight in enumerate(weights):
+        reached += weight
+        if abs(reached - place) < Fraction(1, 10**6) * sum(weights):
+            return  # rounding may fall on either side
+        if reached > place:
+            expected = token
+            break
+    assert int(choose(torch.tensor([values]), Sampling(), torch.tensor([chance], dtype=torch.float64))) == expected
+
+
+@given(
+    LOGITS, st.floats(0.01, 5), st.integers(0, 25), st.floats(0, 1), st.floats(0, 1), st.one_of(CHANCE, st.just(0.0))
+)
+@settings(deadline=None)
+def test_a_choice_is_allowed_by_every_filter(values, temperature, k, top_p, min_p, chance):
+    largest = math.nextafter(1, 0)
+    sampling = Sampling(temperature=temperature, top_k=k, top_p=top_p, min_p=min_p)
+    shifted = (torch.tensor(values) - max(values)) / temperature
+    allowed = kept(keep_min_p(keep_top_p(keep_top_k(shifted, k), top_p), min_p))
+    for one in (chance, largest):
+        assert int(choose(torch.tensor([values]), sampling, torch.tensor([one], dtype=torch.float64))) in allowed
+
+
+def test_what_cannot_be_is_not_chosen_at_the_ends_of_chance():
+    logits = torch.tensor([[-math.inf, 1.0, 1.0, 1.0, -math.inf]]).expand(2, 5)
+    ends = torch.tensor([0.0, math.nextafter(1, 0)], dtype=torch.float64)
+    assert choose(logits, Sampling(), ends).tolist() == [1, 3]
 
 
 def test_frequencies_follow_the_tempered_probabilities():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    draws = sample(logits.expand(20_000, 4), Sampling(temperature=2.0), torch.Generator().manual_seed(0))
-    frequencies = draws.bincount(minlength=4) / 20_000
+    chance = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    draws = choose(logits.expand(20_000, 4), Sampling(temperature=2.0), chance)
     # Four standard deviations of a binomial are 0.014 at most.
-    torch.testing.assert_close(frequencies, (logits / 2).softmax(0), rtol=0, atol=0.014)
+    torch.testing.assert_close(draws.bincount(minlength=4) / 20_000, (logits / 2).softmax(0), rtol=0, atol=0.014)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1e-30])
-def test_no_temperature_takes_the_most_likely_token(temperature):
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=1e-30), Sampling(top_p=0.0)])
+def test_no_temperature_and_no_nucleus_take_the_most_likely_token(sampling):
     logits = torch.tensor([[1.0, 5.0, 4.9], [3.0, -2.0, 0.0]])
-    assert sample(logits, Sampling(temperature), torch.Generator()).tolist() == [1, 0]
-
-
-@pytest.fixture(scope="module")
-def model() -> GPT:
-    model = GPT(ModelConfig(vocab_size=30, seq_length=8, d_model=16, num_layers=2, num_heads=2, tie_weights=False))
-    model.initialize(seed=1)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.5, generator=generator)
-    return model.eval()
-
-
-def continuation(model, tokens, n, sampling=None, seed=0, **options):
-    return list(generate(model, tokens, n, sampling or Sampling(), torch.Generator().manual_seed(seed), **options))
-
-
-def test_greedy_generation_is_the_argmax_of_the_last_seq_length_tokens(model):
-    expected = [1, 2, 3]
-    with torch.no_grad():
-        for _ in range(20):  # well past the context of 8
-            expected.append(int(model(torch.tensor([expected[-8:]]))[0, -1].argmax()))
-    assert len(set(expected)) > 5  # a model that repeats itself would hide a wrong context
-    assert continuation(model, [1, 2, 3], 20, Sampling(temperature=0)) == expected[3:]
-
-
-def test_the_seed_decides_the_text(model):
-    first, again, other = (continuation(model, [1], 24, seed=seed) for seed in (5, 5, 6))
-    assert first == again
-    assert first != other
-
-
-def test_generation_stops_before_end_of_text(model):
-    tokens = continuation(model, [1], 200)
-    assert len(tokens) == 200
-    end = tokens[50]
-    assert continuation(model, [1], 200, end_of_text=end) == tokens[: tokens.index(end)]
-
-
-def test_ids_beyond_the_tokenizers_vocabulary_are_never_drawn(model):
-    assert max(continuation(model, [1], 100)) >= 20
-    assert max(continuation(model, [1], 100, vocab_size=20)) < 20
-
-
-def test_the_callers_list_is_left_alone_and_no_gradients_are_kept(model):
-    tokens = [1, 2]
-    stream = generate(model, tokens, 3, Sampling(), torch.Generator())
-    next(stream)
-    assert tokens == [1, 2]
-    assert torch.is_grad_enabled()  # between two tokens the caller's mode is in force
-
-
-def test_a_diverged_model_is_reported():
-    model = GPT(ModelConfig(vocab_size=30, seq_length=8, d_model=16, num_layers=1, num_heads=2)).eval()
-    torch.nn.init.constant_(model.ln_f.weight, float("nan"))
-    with pytest.raises(UserError, match="diverged"):
-        continuation(model, [1], 1)
-
-
-@given(st.text(max_size=30))
-def test_streamed_characters_are_whole_and_together_the_text(text):
-    stream = CharacterStream(ByteTokenizer())
-    pieces = [stream.push(token) for token in ByteTokenizer().encode(text)]
-    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
-    assert "".join(pieces) + stream.finish() == text
-
-
-@given(st.binary(max_size=30))
-def test_bytes_that_are_no_text_stream_as_they_decode_at_once(data):
-    stream = CharacterStream(ByteTokenizer())
-    assert "".join(stream.push(token) for token in data) + stream.finish() == data.decode(errors="replace")
-
-
-class FallbackTokenizer:
-    """As SentencePiece's: shows unfinished characters as U+FFFD, and drops the space before the first word."""
-
-    def decode_bytes(self, ids):
-        data = b"".join(b" word" if token == 256 else bytes([token]) for token in ids)
-        return data.decode(errors="replace").lstrip(" ").encode()
-
-
-def test_a_tokenizer_that_decodes_in_context_streams_right():
-    stream = CharacterStream(FallbackTokenizer())
-    ids = [256, *"€".encode(), 256, 256, *"né".encode(), *[256] * 20]
-    pieces = [stream.push(token) for token in ids]
-    assert "".join(pieces) + stream.finish() == "word€ word wordné" + " word" * 20
-    assert pieces[1:4] == ["", "", "€"]
+    assert choose(logits, sampling, torch.tensor([0.9, 0.9], dtype=torch.float64)).tolist() == [1, 0]

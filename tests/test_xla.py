@@ -39,10 +39,16 @@ def test_a_step_is_one_execution_without_compiling_or_fetching(counted):
     assert sum(step[2] for step in logged) <= 19
 
 
-def test_only_the_first_step_and_the_first_validation_compile(counted):
+def test_only_the_first_step_validation_and_sample_compile(counted):
     assert counted["placing"][0] == 1  # Adam's zeros
     assert counted["first_validation"][0] == 1
-    assert [step[0] for step in counted["steps"]] == [1] + [0] * 199
+    # Samples follow each thirtieth step: two programs, one that reads the prompt and one that adds a token.
+    assert [step[0] for step in counted["steps"]] == [1] + [0] * 28 + [2] + [0] * 170
+
+
+def test_a_token_of_a_sample_is_one_execution_and_one_fetch(counted):
+    sampled = [step[1:] for number, step in enumerate(counted["steps"], start=1) if number in (30, 60, 90, 180)]
+    assert sampled == [[1 + 12, 1 + 12]] * 4  # the step's own and the log's; 12 tokens
 
 
 def test_a_step_with_nan_gradients_or_a_nan_loss_is_skipped_on_the_device(counted):

@@ -84,7 +84,7 @@ def main(data_dir):
         ),
         OptimConfig(warmup_steps=5),
         RunConfig(train_steps=STEPS, valid_interval=50, save_interval=40, checkpoints_dir=tempfile.mkdtemp()),
-        LoggingConfig(log_interval=10),
+        LoggingConfig(log_interval=10, sample_interval=30, sample_tokens=12),
         runtime=XlaConfig(mixed_precision="bf16", max_recompiles=0),
     )
     board = ReplicaBoard.create()

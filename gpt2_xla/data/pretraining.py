@@ -13,9 +13,10 @@ from gpt2_xla.data.manifest import Manifest
 from gpt2_xla.data.train_dirs import parse_train_dirs
 from gpt2_xla.data.training_set import TrainingSet, TrainingSource
 from gpt2_xla.errors import UserError
-from gpt2_xla.tokenizer import load_tokenizer
+from gpt2_xla.tokenizer import Tokenizer, load_tokenizer
 from gpt2_xla.validation import replica_mistakes
 
+TOKENIZER_FOLDER = "tokenizer"  # in the run folder: files of a Hugging Face tokenizer, copied into each checkpoint
 FULL_CHECK_BELOW = 2**30  # bytes; sha256 takes about a second per GiB
 
 
@@ -110,6 +111,22 @@ class PretrainingData:
                 f"with {self.manifest.tokenizer} (hash {ours[:12]}); prepare the data with the checkpoint's tokenizer"
             )
 
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that prepared the data, or its copy in the run folder.
+
+        Raises `UserError` if the manifest names none, or it cannot be loaded, or has changed.
+        """
+        name = self.manifest.tokenizer
+        if name is None:
+            raise UserError(
+                "--sample-interval: the training data has no manifest that names its tokenizer; prepare the data with "
+                "scripts/prepare_text.py, or leave --sample-interval out"
+            )
+        copy = Path(self.config.run.checkpoints_dir) / TOKENIZER_FOLDER
+        tokenizer = load_tokenizer(str(copy) if (copy / "tokenizer.json").is_file() else name)
+        self._check_unchanged(tokenizer)
+        return tokenizer
+
     def save_tokenizer(self, folder: Path) -> None:
         """Keep the files of a Hugging Face tokenizer with the run; the other kinds are known by name alone.
 
@@ -119,13 +136,16 @@ class PretrainingData:
         if name is None or not (Path(name).is_file() or Path(name, "tokenizer.json").is_file()):
             return
         tokenizer = load_tokenizer(name)
-        if tokenizer.hash != self.manifest.tokenizer_hash:
-            raise UserError(
-                f"tokenizer {name} (hash {tokenizer.hash[:12]}) has changed since the data was prepared with it "
-                f"(hash {str(self.manifest.tokenizer_hash)[:12]}); prepare the data again, or restore the tokenizer"
-            )
+        self._check_unchanged(tokenizer)
         folder.mkdir(exist_ok=True)
         tokenizer.save(folder)
+
+    def _check_unchanged(self, tokenizer: Tokenizer) -> None:
+        if tokenizer.hash != self.manifest.tokenizer_hash:
+            raise UserError(
+                f"tokenizer {tokenizer.name} (hash {tokenizer.hash[:12]}) has changed since the data was prepared with it "
+                f"(hash {str(self.manifest.tokenizer_hash)[:12]}); prepare the data again, or restore the tokenizer"
+            )
 
 
 @dataclass(frozen=True)

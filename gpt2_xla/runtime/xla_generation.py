@@ -1,0 +1,10 @@
+"""Generation on one XLA device: generate.py --device xla."""
+
+import torch_xla
+
+from gpt2_xla.decoding import Machine
+
+
+def xla_machine() -> Machine:
+    """This process's device. `installation_mistakes()` tells beforehand why there is none."""
+    return Machine(torch_xla.device(), compiles=True, launch=torch_xla.sync)
