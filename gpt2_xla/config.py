@@ -81,15 +81,15 @@ class OptimConfig:
     betas: tuple[float, float] = option((0.9, 0.95), "Adam's two decay rates")
     weight_decay: float = option(0.1, "weight decay of matrices (biases and LayerNorm have none)")
     max_grad_norm: float = option(1.0, "clip the global gradient norm to this; 0 does not clip")
-    decay_method: Literal["cosine", "linear", "noam", "trapezoid"] = option(
+    decay_method: Literal["cosine", "linear", "noam", "wsd", "wsd-sqrt"] = option(
         "cosine",
-        "learning-rate decay after warm-up; trapezoid holds the peak, then falls linearly over --decay-steps (WSD)",
+        "learning-rate decay after warm-up; wsd (warm-up, stable, decay) holds the peak, then falls over --decay-steps, on a line or (wsd-sqrt) by 1 - sqrt(share done)",
     )
     warmup_steps: int = option(715, "steps of linear warm-up from 0 to the peak")
     min_lr: float = option(6e-5, "learning rate that the decay ends at")
     decay_steps: int | None = option(
         None,
-        "cosine, linear: the step at which --min-lr is reached (default --train-steps); trapezoid: length of the final fall (default 1/5 of it)",
+        "cosine, linear: the step at which --min-lr is reached (default --train-steps); wsd: length of the final fall (default 1/5 of it)",
     )
 
 

@@ -109,7 +109,9 @@ def _schedule_mistakes(config: PretrainConfig) -> list[str]:
     elif optim.decay_steps is not None and optim.decay_steps < 1:
         mistakes.append(f"--decay-steps {optim.decay_steps} must be at least 1")
     elif (
-        optim.decay_steps is not None and optim.decay_method != "trapezoid" and optim.decay_steps <= optim.warmup_steps
+        optim.decay_steps is not None
+        and optim.decay_method in ("cosine", "linear")
+        and optim.decay_steps <= optim.warmup_steps
     ):
         mistakes.append(
             f"--decay-steps {optim.decay_steps} is the step at which --decay-method {optim.decay_method} ends, but "
