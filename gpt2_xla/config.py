@@ -76,10 +76,20 @@ class DataConfig:
 class OptimConfig:
     """Optimizer and schedule"""
 
-    optim_type: Literal["adamw", "adam"] = option("adamw", "optimizer; weight decay applies to matrices only")
-    learning_rate: float = option(6e-4, "peak learning rate")
+    optim_type: Literal["adamw", "adam", "muon"] = option(
+        "adamw",
+        "optimizer; muon orthogonalizes the momentum of the blocks' matrices and leaves the rest to AdamW. Weight decay applies to matrices only",
+    )
+    learning_rate: float = option(
+        6e-4, "peak learning rate; one for all parameters: Muon's updates are scaled to the size of AdamW's"
+    )
     betas: tuple[float, float] = option((0.9, 0.95), "Adam's two decay rates")
+    muon_momentum: float = option(0.95, "Muon's (Nesterov) momentum")
     weight_decay: float = option(0.1, "weight decay of matrices (biases and LayerNorm have none)")
+    independent_weight_decay: bool = option(
+        False,
+        "--weight-decay is the share of a weight that a step at the peak takes away, whatever --learning-rate is (such as 1e-4); else that share is their product",
+    )
     max_grad_norm: float = option(1.0, "clip the global gradient norm to this; 0 does not clip")
     decay_method: Literal["cosine", "linear", "noam", "wsd", "wsd-sqrt"] = option(
         "cosine",

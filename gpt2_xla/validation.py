@@ -8,6 +8,8 @@ from gpt2_xla.errors import UserError
 from gpt2_xla.profiling import profile_mistakes
 from gpt2_xla.runtime.mesh import parse_mesh
 
+LARGEST_INDEPENDENT_DECAY = 0.01  # a step; no larger one trains
+
 
 def config_mistakes(config: PretrainConfig, explicit: Set[str] = frozenset()) -> list[str]:
     """All mistakes that the options alone show; `explicit` names those that the command itself gave."""
@@ -15,6 +17,7 @@ def config_mistakes(config: PretrainConfig, explicit: Set[str] = frozenset()) ->
         *_range_mistakes(config),
         *_model_mistakes(config),
         *_schedule_mistakes(config),
+        *_weight_decay_mistakes(config),
         *_logging_mistakes(config),
         *_precision_mistakes(config),
         *profile_mistakes(config),
@@ -83,6 +86,8 @@ def _range_mistakes(config: PretrainConfig) -> list[str]:
         mistakes.append(f"--dropout {model.dropout} must be at least 0 and below 1")
     if not all(0 <= beta < 1 for beta in optim.betas):
         mistakes.append(f"--betas {optim.betas[0]} {optim.betas[1]}: each must be at least 0 and below 1")
+    if not 0 <= optim.muon_momentum < 1:
+        mistakes.append(f"--muon-momentum {optim.muon_momentum} must be at least 0 and below 1")
     if run.spike_factor is not None and not 1 < run.spike_factor < math.inf:
         mistakes.append(f"--spike-factor {run.spike_factor} must be a number above 1, such as 1.5")
     if not 0 < optim.learning_rate < math.inf:
@@ -118,6 +123,22 @@ def _schedule_mistakes(config: PretrainConfig) -> list[str]:
             f"--warmup-steps {optim.warmup_steps} ends no earlier; raise --decay-steps or lower --warmup-steps"
         )
     return mistakes
+
+
+def _weight_decay_mistakes(config: PretrainConfig) -> list[str]:
+    optim = config.optim
+    if not optim.independent_weight_decay:
+        return []
+    if optim.optim_type == "adam":
+        return [
+            "--independent-weight-decay is not for --optim-type adam, which adds the decay to the gradient; use adamw or muon"
+        ]
+    if optim.weight_decay > LARGEST_INDEPENDENT_DECAY:
+        return [
+            f"--weight-decay {optim.weight_decay:g} with --independent-weight-decay takes {optim.weight_decay:.0%} of every "
+            f"weight away in each step; use {LARGEST_INDEPENDENT_DECAY:g} or less, such as 1e-4"
+        ]
+    return []
 
 
 def _logging_mistakes(config: PretrainConfig) -> list[str]:
