@@ -7,6 +7,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from gpt2_xla.batch_sizes import BatchSizes, parse_batch_sizes
+
 
 def option(default: Any, help: str) -> Any:
     """A dataclass field that is also a command-line flag. A bool also takes --no-NAME."""
@@ -50,6 +52,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-large": dict(seq_length=1024, d_model=1280, num_layers=36, num_heads=20),
     "gpt2-xl": dict(seq_length=1024, d_model=1600, num_layers=48, num_heads=25),
 }
+# What some presets set beside the model's shape: fields of OptimConfig. Flags beside --preset win over these, too.
+PRESET_OPTIMIZERS: dict[str, dict[str, Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,10 @@ class DataConfig:
     train_batch_size: int = option(32, "sequences per micro-step, over all replicas together")
     eval_batch_size: int = option(32, "sequences per validation step, over all replicas together")
     gradient_accum_step: int = option(16, "micro-steps whose gradients are averaged into one optimizer step")
+    batch_size_schedule: str | None = option(
+        None,
+        "sequences per optimizer step from given steps on, as in 0:64,2000:128,10000:256, by more or fewer micro-steps of --train-batch-size; takes the place of --gradient-accum-step. XLA compiles a program for each number of micro-steps",
+    )
     shuffle: bool = option(
         True, "visit the training windows in a seeded random order, a new one each epoch; --no-shuffle reads in order"
     )
@@ -257,14 +265,16 @@ class PretrainConfig:
     runtime: RuntimeConfig = RuntimeConfig()
 
     @property
-    def sequences_per_step(self) -> int:
-        """Sequences that one optimizer step sees, over all replicas and micro-steps."""
-        return self.data.train_batch_size * self.data.gradient_accum_step
+    def batch_sizes(self) -> BatchSizes:
+        """The batch of every optimizer step; raises `UserError` for a schedule that says nothing sensible."""
+        data = self.data
+        if data.batch_size_schedule is None:
+            return BatchSizes(data.train_batch_size, ((0, data.gradient_accum_step),))
+        return parse_batch_sizes(data.batch_size_schedule, data.train_batch_size)
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step sees."""
-        return self.sequences_per_step * self.model.seq_length
+    def tokens_at(self, step: int) -> int:
+        """Tokens that optimizer step `step`, counted from 0, sees."""
+        return self.batch_sizes.sequences(step) * self.model.seq_length
 
 
 @dataclass(frozen=True)

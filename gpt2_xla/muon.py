@@ -95,7 +95,8 @@ class Muon(torch.optim.Optimizer):
                 pieces.setdefault(piece.parameter, {})[piece.first] = update.mT if piece.stands else update
         for parameter, parts in pieces.items():
             update = self.gather(torch.cat([parts[first] for first in sorted(parts)]), parameter)
-            changed = parameter * (1 - group["lr"] * group["weight_decay"]) - update * group["lr"]
+            # Not parameter * (1 - lr * decay): that factor may become 1, which XLA would compile in.
+            changed = parameter - (parameter * group["weight_decay"] + update) * group["lr"]
             parameter.copy_(_unless(found_inf, changed, parameter))
 
     def _direction(self, parameter: Tensor, momentum: float, found_inf: Tensor | None) -> Tensor:

@@ -13,6 +13,9 @@ BuildAdam = Callable[
     [list[dict[str, Any]]], torch.optim.Optimizer
 ]  # from parameter groups, which have a weight decay each
 
+# In place of 0, which XLA would compile in, and so recompile when a schedule reaches it; 1 - rate * weight decay is not 1 yet.
+SMALLEST_RATE = 1e-12
+
 
 class MuonAndAdam(torch.optim.Optimizer):
     """Muon for the hidden matrices and AdamW for all else, as one: common groups and state."""
@@ -121,9 +124,9 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Set the learning rate of every group, as a Python float."""
+    """Set the learning rate of every group, as a Python float; no less than SMALLEST_RATE."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = max(value, SMALLEST_RATE)
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """docs/configuration.md, generated from config.py and script_config.py."""
 
 from gpt2_xla.cli import flags_of
-from gpt2_xla.config import PRESETS, TorchPretrainConfig, XlaPretrainConfig
+from gpt2_xla.config import PRESET_OPTIMIZERS, PRESETS, TorchPretrainConfig, XlaPretrainConfig
 from gpt2_xla.script_config import (
     BenchConfig,
     BenchLoaderConfig,
@@ -51,6 +51,9 @@ def configuration_page() -> str:
         "|---" * (len(PRESETS["gpt2"]) + 1) + "|",
     ]
     lines += [f"| {name} | " + " | ".join(str(v) for v in preset.values()) + " |" for name, preset in PRESETS.items()]
+    for name, fields in PRESET_OPTIMIZERS.items():
+        flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in fields.items())
+        lines += ["", f"`--preset {name}` also sets `{flags}`."]
     shown: dict[str, str] = {}
     for command, config_type in COMMANDS.items():
         lines += ["", f"## {command}"]

@@ -16,6 +16,7 @@ def config_mistakes(config: PretrainConfig, explicit: Set[str] = frozenset()) ->
     return [
         *_range_mistakes(config),
         *_model_mistakes(config),
+        *_batch_mistakes(config),
         *_schedule_mistakes(config),
         *_weight_decay_mistakes(config),
         *_logging_mistakes(config),
@@ -102,6 +103,14 @@ def _model_mistakes(config: PretrainConfig) -> list[str]:
     fits = [n for n in range(1, min(width, 2**16) + 1) if width % n == 0]
     nearest = min(fits, key=lambda n: abs(n - heads))
     return [f"--d-model {width} is not divisible by --num-heads {heads}; use --num-heads {nearest}, for example"]
+
+
+def _batch_mistakes(config: PretrainConfig) -> list[str]:
+    try:
+        config.batch_sizes  # noqa: B018 - parsed there
+    except UserError as error:
+        return list(error.mistakes)
+    return []
 
 
 def _schedule_mistakes(config: PretrainConfig) -> list[str]:
