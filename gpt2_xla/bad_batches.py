@@ -26,7 +26,7 @@ def write_bad_batch(folder: Path, data: PretrainingData, step: int, first_sample
     """
     assert data.train is not None
     config = data.config
-    samples = first_sample + np.arange(config.sequences_per_step)
+    samples = first_sample + np.arange(config.batch_sizes.sequences(step - 1))
     seed, shuffle = config.run.seed, config.data.shuffle
     numbers, starts = data.train.places(samples, seed=seed, shuffle=shuffle)
     rows = data.train.rows(samples, seed=seed, shuffle=shuffle, vocab_size=config.model.vocabulary)

@@ -141,7 +141,7 @@ def measure(config: PretrainConfig, runtime: Runtime, steps: int, result: str, b
     rows = []
     for machine, timing in timings.items():
         mine = timing is first
-        tokens_per_second = config.tokens_per_step / statistics.median(timing.free)
+        tokens_per_second = config.tokens_at(0) / statistics.median(timing.free)
         ratios = [a / b for a, b in zip(timing.free, timings[BARE].free, strict=True)] if BARE in timings else []
         rows.append(
             Row(

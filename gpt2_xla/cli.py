@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from gpt2_xla.config import PRESETS, ModelConfig, RunConfig
+from gpt2_xla.config import PRESET_OPTIMIZERS, PRESETS, ModelConfig, RunConfig
 from gpt2_xla.errors import UserError
 
 Config = TypeVar("Config")
@@ -108,7 +108,9 @@ def parser_for(config_type: type, description: str, prog: str | None = None) -> 
     general.add_argument("-h", "--help", action="help", help="show this text")
     if _holds(config_type, ModelConfig):
         presets = "{" + ",".join(PRESETS) + "}"
-        general.add_argument("--preset", nargs="?", metavar=presets, help="model size (default: gpt2)")
+        general.add_argument(
+            "--preset", nargs="?", metavar=presets, help="model, and optimizer where a preset has one (default: gpt2)"
+        )
     if _holds(config_type, RunConfig):
         general.add_argument(
             "--recipe", nargs="?", metavar="NAME", help="flags from configs/NAME.flags, or a file; flags given here win"
@@ -186,7 +188,7 @@ def _values(config_type: type, raw: dict[str, Any], mistakes: list[str]) -> dict
                 f"--preset {preset} is unknown{did_you_mean(preset, PRESETS)}; there are {', '.join(PRESETS)}"
             )
         else:
-            values |= PRESETS[preset]
+            values |= PRESETS[preset] | PRESET_OPTIMIZERS.get(preset, {})
     flags = {flag.key: flag for flag in flags_of(config_type)}
     for key, text in raw.items():
         if text is None:

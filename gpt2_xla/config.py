@@ -7,6 +7,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from gpt2_xla.batch_sizes import BatchSizes, parse_batch_sizes
+
 
 def option(default: Any, help: str) -> Any:
     """A dataclass field that is also a command-line flag. A bool also takes --no-NAME."""
@@ -85,6 +87,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # gpt2's matrices (12 C² a block) with what came after it; as Hugging Face sees it, a Qwen3.
     "modern-124m": dict(seq_length=1024, d_model=768, num_layers=12, num_heads=6, **_MODERN),
 }
+# What some presets set beside the model's shape: fields of OptimConfig. Flags beside --preset win over these, too.
+PRESET_OPTIMIZERS: dict[str, dict[str, Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,10 @@ class DataConfig:
     train_batch_size: int = option(32, "sequences per micro-step, over all replicas together")
     eval_batch_size: int = option(32, "sequences per validation step, over all replicas together")
     gradient_accum_step: int = option(16, "micro-steps whose gradients are averaged into one optimizer step")
+    batch_size_schedule: str | None = option(
+        None,
+        "sequences per optimizer step from given steps on, as in 0:64,2000:128,10000:256, by more or fewer micro-steps of --train-batch-size; takes the place of --gradient-accum-step. XLA compiles a program for each number of micro-steps",
+    )
     shuffle: bool = option(
         True, "visit the training windows in a seeded random order, a new one each epoch; --no-shuffle reads in order"
     )
@@ -111,20 +119,30 @@ class DataConfig:
 class OptimConfig:
     """Optimizer and schedule"""
 
-    optim_type: Literal["adamw", "adam"] = option("adamw", "optimizer; weight decay applies to matrices only")
-    learning_rate: float = option(6e-4, "peak learning rate")
+    optim_type: Literal["adamw", "adam", "muon"] = option(
+        "adamw",
+        "optimizer; muon orthogonalizes the momentum of the blocks' matrices and leaves the rest to AdamW. Weight decay applies to matrices only",
+    )
+    learning_rate: float = option(
+        6e-4, "peak learning rate; one for all parameters: Muon's updates are scaled to the size of AdamW's"
+    )
     betas: tuple[float, float] = option((0.9, 0.95), "Adam's two decay rates")
+    muon_momentum: float = option(0.95, "Muon's (Nesterov) momentum")
     weight_decay: float = option(0.1, "weight decay of matrices (biases and normalizations have none)")
+    independent_weight_decay: bool = option(
+        False,
+        "--weight-decay is the share of a weight that a step at the peak takes away, whatever --learning-rate is (such as 1e-4); else that share is their product",
+    )
     max_grad_norm: float = option(1.0, "clip the global gradient norm to this; 0 does not clip")
-    decay_method: Literal["cosine", "linear", "noam", "trapezoid"] = option(
+    decay_method: Literal["cosine", "linear", "noam", "wsd", "wsd-sqrt"] = option(
         "cosine",
-        "learning-rate decay after warm-up; trapezoid holds the peak, then falls linearly over --decay-steps (WSD)",
+        "learning-rate decay after warm-up; wsd (warm-up, stable, decay) holds the peak, then falls over --decay-steps, on a line or (wsd-sqrt) by 1 - sqrt(share done)",
     )
     warmup_steps: int = option(715, "steps of linear warm-up from 0 to the peak")
     min_lr: float = option(6e-5, "learning rate that the decay ends at")
     decay_steps: int | None = option(
         None,
-        "cosine, linear: the step at which --min-lr is reached (default --train-steps); trapezoid: length of the final fall (default 1/5 of it)",
+        "cosine, linear: the step at which --min-lr is reached (default --train-steps); wsd: length of the final fall (default 1/5 of it)",
     )
 
 
@@ -287,14 +305,16 @@ class PretrainConfig:
     runtime: RuntimeConfig = RuntimeConfig()
 
     @property
-    def sequences_per_step(self) -> int:
-        """Sequences that one optimizer step sees, over all replicas and micro-steps."""
-        return self.data.train_batch_size * self.data.gradient_accum_step
+    def batch_sizes(self) -> BatchSizes:
+        """The batch of every optimizer step; raises `UserError` for a schedule that says nothing sensible."""
+        data = self.data
+        if data.batch_size_schedule is None:
+            return BatchSizes(data.train_batch_size, ((0, data.gradient_accum_step),))
+        return parse_batch_sizes(data.batch_size_schedule, data.train_batch_size)
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step sees."""
-        return self.sequences_per_step * self.model.seq_length
+    def tokens_at(self, step: int) -> int:
+        """Tokens that optimizer step `step`, counted from 0, sees."""
+        return self.batch_sizes.sequences(step) * self.model.seq_length
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ Hashes = tuple[str, str]  # of the global batch's windows, of the tokens that th
 class Ledger:
     """The ledger of a process that keeps none: all but rank 0."""
 
-    def follow(self, batches: Iterator[Tensor], first_sample: int) -> Iterator[Tensor]:  # noqa: ARG002
-        """Pass on the host's batches (A, B, T+1), the first of which begins with `first_sample`, and hash them.
+    def follow(self, batches: Iterator[Tensor], first_sample: int, steps_done: int) -> Iterator[Tensor]:  # noqa: ARG002
+        """Pass on the host's batches (A, B, T+1) after `steps_done`, the first beginning with `first_sample`, and hash them.
 
         Whoever reads ahead does the hashing, in the background. A new call forgets what the last one read ahead.
         """
@@ -75,19 +75,20 @@ class LedgerFile(Ledger):
         self._write("start", step=step, samples=samples, checkpoint=checkpoint, time=now, **asdict(self._order))
         self.sync()
 
-    def follow(self, batches: Iterator[Tensor], first_sample: int) -> Iterator[Tensor]:
+    def follow(self, batches: Iterator[Tensor], first_sample: int, steps_done: int) -> Iterator[Tensor]:
         self._hashes = deque()  # the thread that read ahead before may still fill the old one
-        return self._followed(batches, first_sample, self._hashes)
+        windows = self._order.window_hashes(self._train, first_sample, 2**40, steps_done)
+        return self._followed(batches, windows, self._hashes)
 
-    def _followed(self, batches: Iterator[Tensor], first_sample: int, hashes: deque[Hashes]) -> Iterator[Tensor]:
-        windows = self._order.window_hashes(self._train, first_sample, 2**40)
+    def _followed(self, batches: Iterator[Tensor], windows: Iterator[str], hashes: deque[Hashes]) -> Iterator[Tensor]:
         for batch, of_windows in zip(batches, windows, strict=False):
             hashes.append((of_windows, token_hash(batch.numpy())))
             yield batch
 
     def batch(self, step: int, first_sample: int) -> None:
         windows, tokens = self._hashes.popleft()
-        self._write("batch", step=step, first=first_sample, count=self._order.sequences, windows=windows, tokens=tokens)
+        count = self._order.sizes.sequences(step - 1)
+        self._write("batch", step=step, first=first_sample, count=count, windows=windows, tokens=tokens)
 
     def rollback(self, step: int, samples: int, reason: dict[str, Any]) -> None:
         self._write("rollback", step=step, samples=samples, time=round(time.time(), 3), **reason)
@@ -140,7 +141,7 @@ def open_ledger(
         shuffle=config.data.shuffle,
         seq_length=config.model.seq_length,
         batch_size=config.data.train_batch_size,
-        micro_steps=config.data.gradient_accum_step,
+        batch_sizes=str(config.batch_sizes),
         world_size=data.world_size,
     )
     try:

@@ -77,17 +77,25 @@ def open_metrics(config: PretrainConfig, step: int, rank: int, wandb_id: str | N
     sinks: list[Sink] = [JsonlSink(folder / "metrics.jsonl")]
     if config.logging.wandb_logging:
         sinks.append(WandbSink(config, folder, config.logging.wandb_resume_id or wandb_id))
-    return Metrics([*sinks, ProgressBar(config.run.train_steps, step)])  # last: nothing else may write on its line
+    return Metrics([*sinks, ProgressBar(config, step)])  # last: nothing else may write on its line
 
 
 class ProgressBar:
     """tqdm's bar with the last logged loss, tokens/s and MFU; validation results are lines above it."""
 
-    def __init__(self, total: int, step: int) -> None:
+    def __init__(self, config: PretrainConfig, step: int) -> None:
+        self._sizes, self._steps = config.batch_sizes, config.run.train_steps
+        # Steps of different sizes take different times: then the bar and its estimate count sequences.
+        self._counts_steps = len(self._sizes.stages) == 1
         # In a log file a bar that redraws twice a second would drown everything else.
         interval = 0.5 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(
-            total=total, initial=step, unit="step", dynamic_ncols=True, mininterval=interval, smoothing=0.05
+            total=self._position(self._steps),
+            initial=self._position(step),
+            unit="step" if self._counts_steps else "seq",
+            dynamic_ncols=True,
+            mininterval=interval,
+            smoothing=0.05,
         )
 
     def write(self, record: Record) -> None:
@@ -109,8 +117,14 @@ class ProgressBar:
             shown["compiles"] = f"{record['compiles']} in {record['compile_seconds']:.0f} s"
         self._bar.set_postfix(shown, refresh=False)
 
+    def _position(self, step: int) -> int:
+        """Of the bar, after `step` steps."""
+        return step if self._counts_steps else self._sizes.before(step)
+
     def advance(self, step: int) -> None:
-        self._bar.update(step - self._bar.n)
+        if not self._counts_steps:
+            self._bar.set_description_str(f"step {step} of {self._steps}", refresh=False)
+        self._bar.update(self._position(step) - self._bar.n)
 
     def close(self) -> None:
         self._bar.close()

@@ -1,7 +1,7 @@
 """docs/configuration.md, generated from config.py and script_config.py."""
 
 from gpt2_xla.cli import flags_of
-from gpt2_xla.config import PRESETS, TorchPretrainConfig, XlaPretrainConfig
+from gpt2_xla.config import PRESET_OPTIMIZERS, PRESETS, TorchPretrainConfig, XlaPretrainConfig
 from gpt2_xla.script_config import (
     BenchConfig,
     BenchLoaderConfig,
@@ -55,6 +55,9 @@ def configuration_page() -> str:
     for name, preset in PRESETS.items():
         values = ("on" if v is True else "off" if v is False else str(v) for v in preset.values())
         lines.append(f"| {name} | " + " | ".join(values) + " |")
+    for name, fields in PRESET_OPTIMIZERS.items():
+        flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in fields.items())
+        lines += ["", f"`--preset {name}` also sets `{flags}`."]
     shown: dict[str, str] = {}
     for command, config_type in COMMANDS.items():
         lines += ["", f"## {command}"]

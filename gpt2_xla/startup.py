@@ -54,6 +54,7 @@ def pretrain_start(
         saved = cli.replace_fields(cli.from_dict(config_type, state.config), ASKED_ANEW)
         parsed = cli.parse(config_type, argv, description, base=saved, mistakes=[])
         mistakes += _model_conflicts(parsed.config, saved, source)
+        mistakes += _optimizer_conflict(parsed.config, saved, source)
         parsed = dataclasses.replace(parsed, config=_with_folder(parsed, source))
         parsed = dataclasses.replace(parsed, config=_with_remote_dir(parsed, source))
         mistakes += [*_steps_mistakes(parsed.config, state.step), *profile_mistakes(parsed.config, state.step)]
@@ -191,6 +192,16 @@ def _model_conflicts(config: PretrainConfig, saved: PretrainConfig, source: Path
         for field in dataclasses.fields(saved.model)
         if (ours := getattr(config.model, field.name)) != (theirs := getattr(saved.model, field.name))
         and field.name not in same
+    ]
+
+
+def _optimizer_conflict(config: PretrainConfig, saved: PretrainConfig, source: Path) -> list[str]:
+    """Muon's state is not Adam's; that of adam and adamw is one and the same."""
+    ours, theirs = config.optim.optim_type, saved.optim.optim_type
+    if config.run.do_test or (ours == "muon") == (theirs == "muon"):
+        return []
+    return [
+        f"--optim-type {ours} conflicts with {source.name}, which has {theirs}: their states are different; leave the flag out"
     ]
 
 

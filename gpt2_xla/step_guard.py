@@ -58,11 +58,12 @@ class StepGuard:
             return
         if not self._bad_steps:
             raise UserError(self.verdict)
-        folder, per_step = Path(run.config.run.checkpoints_dir), run.config.sequences_per_step
+        folder, sizes = Path(run.config.run.checkpoints_dir), run.config.batch_sizes
+        before = sizes.before(self._bad_steps[0] - 1)
         try:
             paths = [
-                write_bad_batch(folder, run.data, step, self._bad_samples + number * per_step)
-                for number, step in enumerate(self._bad_steps)
+                write_bad_batch(folder, run.data, step, self._bad_samples + sizes.before(step - 1) - before)
+                for step in self._bad_steps
             ]
         except OSError as error:
             raise UserError(f"{self.verdict}; their batches could not be written: {error.strerror or error}") from error
@@ -74,7 +75,8 @@ class StepGuard:
     def _note_bad_steps(self, window: Window) -> None:
         limit = self._run.config.run.max_skipped_steps
         self._bad_steps = range(window.step - limit + 1, window.step + 1)
-        self._bad_samples = window.samples - limit * self._run.config.sequences_per_step
+        sizes = self._run.config.batch_sizes
+        self._bad_samples = window.samples - (sizes.before(window.step) - sizes.before(window.step - limit))
         first = window.step - window.skipped_in_a_row + 1
         self.verdict = (
             f"the loss or the gradients of steps {first} to {window.step} were not finite, and --max-skipped-steps "

@@ -15,7 +15,7 @@ def summary(
     """Model, data, schedule, machine and cost of a run at `step`, continued from checkpoint `source`, in words."""
     model, optim, run = config.model, config.optim, config.run
     flops = flops_per_token(model)
-    tokens = run.train_steps * config.tokens_per_step
+    tokens = config.batch_sizes.before(run.train_steps) * model.seq_length
     rows = [
         (
             "model",
@@ -29,11 +29,11 @@ def summary(
         ("tokenizer", f"{data.manifest.tokenizer or 'unknown (no manifest)'}"),
         (
             "batch",
-            f"{config.tokens_per_step:,} tokens a step = {_micro_steps(config)}{config.data.train_batch_size} × {model.seq_length}",
+            _batch(config),
         ),
         (
             "optimizer",
-            f"{optim.optim_type}, lr {optim.learning_rate:g} → {optim.min_lr:g} {optim.decay_method}, {_warmup(config)}",
+            f"{_optimizer(config)}, lr {optim.learning_rate:g} → {optim.min_lr:g} {optim.decay_method}, {_warmup(config)}",
         ),
         ("cost", f"{flops / 1e6:,.1f} MFLOP a token, {flops * tokens:.3g} FLOP in all"),
         (
@@ -66,6 +66,15 @@ def _parts(model: ModelConfig) -> str:
     return ", ".join(parts)
 
 
+def _optimizer(config: PretrainConfig) -> str:
+    name = (
+        "muon for the blocks' matrices, adamw for the rest"
+        if (optim := config.optim).optim_type == "muon"
+        else optim.optim_type
+    )
+    return f"{name}, {'independent ' if optim.independent_weight_decay else ''}weight decay {optim.weight_decay:g}"
+
+
 def _warmup(config: PretrainConfig) -> str:
     steps = config.optim.warmup_steps
     return f"{steps} warm-up steps" + (", which is the whole run" if steps >= config.run.train_steps else "")
@@ -76,9 +85,13 @@ def _precision(config: PretrainConfig) -> str:
     return "float32" if mixed == "no" else f"{mixed} autocast over float32 weights"
 
 
-def _micro_steps(config: PretrainConfig) -> str:
-    steps = config.data.gradient_accum_step
-    return f"{steps} micro-steps × " if steps > 1 else ""
+def _batch(config: PretrainConfig) -> str:
+    sizes, one = config.batch_sizes, f"{config.data.train_batch_size} × {config.model.seq_length}"
+    if len(sizes.stages) > 1:
+        stages = ", ".join(f"{config.tokens_at(step):,} from step {step:,} on" for step, _ in sizes.stages)
+        return f"tokens a step: {stages}; in micro-steps of {one}, a program each where steps are compiled"
+    steps = sizes.micro_steps(0)
+    return f"{config.tokens_at(0):,} tokens a step = {f'{steps} micro-steps × ' if steps > 1 else ''}{one}"
 
 
 def _tokens(data: PretrainingData) -> str:
@@ -94,7 +107,7 @@ def _mixture(train: TrainingSet) -> str:
 def _epochs(config: PretrainConfig, data: PretrainingData) -> str:
     if data.train is None:
         return ""
-    return f", {epochs_text(data.train.epochs(config.run.train_steps * config.sequences_per_step))}"
+    return f", {epochs_text(data.train.epochs(config.batch_sizes.before(config.run.train_steps)))}"
 
 
 def epochs_text(epochs: dict[str, float]) -> str:

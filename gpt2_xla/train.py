@@ -121,6 +121,7 @@ def train(run: Run) -> None:
     A stop is heard before each step and each batch of a validation, which is then made up for after the resume.
     """
     config, runtime, total_steps = run.config, run.runtime, run.config.run.train_steps
+    sizes = config.batch_sizes
     # Rank 0's counters stand for all: replicas run one and the same program.
     watch = CompileWatch(runtime, run.metrics.say, config.runtime.max_recompiles if runtime.rank == 0 else None)
     if first_validation(run):
@@ -146,6 +147,10 @@ def train(run: Run) -> None:
         while run.step < total_steps and not (stopped := guard.verdict is not None or runtime.should_stop()):
             run.saver.check()
             profile.before_step(run.step + 1)
+            if sizes.begins(run.step):
+                run.metrics.say(f"from step {run.step + 1} on a step takes {sizes.sequences(run.step):,} sequences")
+                run.phases.expect_compilation("step")
+                watch.expect("training")
             run.phases.mark("data", run.step)
             batch = log.next_batch(batches)
             run.phases.mark("step", run.step)
@@ -155,7 +160,7 @@ def train(run: Run) -> None:
             runtime.end_step()
             run.step += 1
             run.ledger.batch(run.step, run.samples)
-            run.samples += config.sequences_per_step
+            run.samples += sizes.sequences(run.step - 1)
             run.validated = False
             watch.worked("training", run.step, batch, graph)
             log.step_done(run.step, run.samples)
@@ -275,7 +280,8 @@ def perplexity(loss: float) -> float:
 def _batches(run: Run) -> Generator[Tensor, None, None]:
     """The batches of all steps to come, from the run's position in the data on."""
     first, steps = run.samples, run.config.run.train_steps - run.step
-    return run.runtime.batches(run.ledger.follow(run.data.training(first, steps), first), rows_dim=1)
+    batches = run.data.training(first, steps, run.step)
+    return run.runtime.batches(run.ledger.follow(batches, first, run.step), rows_dim=1)
 
 
 def _due(interval: int, step: int, total_steps: int) -> bool:

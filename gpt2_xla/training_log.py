@@ -124,7 +124,9 @@ class TrainingLog:
         now = time.perf_counter()
         seconds, self._started = now - self._started, now
         config = self._config
-        tokens_per_second = window.steps * config.tokens_per_step / seconds
+        sizes = config.batch_sizes
+        sequences = sizes.before(window.step) - sizes.before(window.step - window.steps)
+        tokens_per_second = sequences * config.model.seq_length / seconds
         peak = self._runtime.peak_flops()
         compiles = self._runtime.compile_stats()
         self._metrics.write(

@@ -9,13 +9,17 @@ from gpt2_xla.model_validation import model_mistakes
 from gpt2_xla.profiling import profile_mistakes
 from gpt2_xla.runtime.mesh import parse_mesh
 
+LARGEST_INDEPENDENT_DECAY = 0.01  # a step; no larger one trains
+
 
 def config_mistakes(config: PretrainConfig, explicit: Set[str] = frozenset()) -> list[str]:
     """All mistakes that the options alone show; `explicit` names those that the command itself gave."""
     return [
         *_range_mistakes(config),
         *model_mistakes(config.model),
+        *_batch_mistakes(config),
         *_schedule_mistakes(config),
+        *_weight_decay_mistakes(config),
         *_logging_mistakes(config),
         *_precision_mistakes(config),
         *profile_mistakes(config),
@@ -78,11 +82,21 @@ def _range_mistakes(config: PretrainConfig) -> list[str]:
     ]
     if not all(0 <= beta < 1 for beta in optim.betas):
         mistakes.append(f"--betas {optim.betas[0]} {optim.betas[1]}: each must be at least 0 and below 1")
+    if not 0 <= optim.muon_momentum < 1:
+        mistakes.append(f"--muon-momentum {optim.muon_momentum} must be at least 0 and below 1")
     if run.spike_factor is not None and not 1 < run.spike_factor < math.inf:
         mistakes.append(f"--spike-factor {run.spike_factor} must be a number above 1, such as 1.5")
     if not 0 < optim.learning_rate < math.inf:
         mistakes.append(f"--learning-rate {optim.learning_rate} must be a number above 0")
     return mistakes
+
+
+def _batch_mistakes(config: PretrainConfig) -> list[str]:
+    try:
+        config.batch_sizes  # noqa: B018 - parsed there
+    except UserError as error:
+        return list(error.mistakes)
+    return []
 
 
 def _schedule_mistakes(config: PretrainConfig) -> list[str]:
@@ -95,13 +109,31 @@ def _schedule_mistakes(config: PretrainConfig) -> list[str]:
     elif optim.decay_steps is not None and optim.decay_steps < 1:
         mistakes.append(f"--decay-steps {optim.decay_steps} must be at least 1")
     elif (
-        optim.decay_steps is not None and optim.decay_method != "trapezoid" and optim.decay_steps <= optim.warmup_steps
+        optim.decay_steps is not None
+        and optim.decay_method in ("cosine", "linear")
+        and optim.decay_steps <= optim.warmup_steps
     ):
         mistakes.append(
             f"--decay-steps {optim.decay_steps} is the step at which --decay-method {optim.decay_method} ends, but "
             f"--warmup-steps {optim.warmup_steps} ends no earlier; raise --decay-steps or lower --warmup-steps"
         )
     return mistakes
+
+
+def _weight_decay_mistakes(config: PretrainConfig) -> list[str]:
+    optim = config.optim
+    if not optim.independent_weight_decay:
+        return []
+    if optim.optim_type == "adam":
+        return [
+            "--independent-weight-decay is not for --optim-type adam, which adds the decay to the gradient; use adamw or muon"
+        ]
+    if optim.weight_decay > LARGEST_INDEPENDENT_DECAY:
+        return [
+            f"--weight-decay {optim.weight_decay:g} with --independent-weight-decay takes {optim.weight_decay:.0%} of every "
+            f"weight away in each step; use {LARGEST_INDEPENDENT_DECAY:g} or less, such as 1e-4"
+        ]
+    return []
 
 
 def _logging_mistakes(config: PretrainConfig) -> list[str]:

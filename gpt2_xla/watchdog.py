@@ -36,6 +36,10 @@ class Phases(Protocol):
         """From now on this rank is in `phase`, with `step` optimizer steps done. Every mark counts as progress."""
         ...
 
+    def expect_compilation(self, phase: str) -> None:
+        """The next time of `phase` compiles a program, as its first did."""
+        ...
+
     def close(self) -> None:
         """Stop watching."""
         ...
@@ -45,6 +49,9 @@ class Unwatched:
     """Phases that nobody asks for."""
 
     def mark(self, phase: str, step: int) -> None:
+        """Nothing."""
+
+    def expect_compilation(self, phase: str) -> None:
         """Nothing."""
 
     def close(self) -> None:
@@ -96,6 +103,9 @@ class Watchdog:
             self._seen.add(phase)
             phase = "compile"
         self._progress = Progress(phase, step, time.monotonic())  # one assignment: the thread sees all of it or nothing
+
+    def expect_compilation(self, phase: str) -> None:
+        self._seen.discard(phase)
 
     def close(self) -> None:
         self._done.set()

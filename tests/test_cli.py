@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 
 from gpt2_xla import cli
 from gpt2_xla.cli import flags_of, from_dict, parse, parser_for
-from gpt2_xla.config import PRESETS, ModelConfig, PretrainConfig, TorchPretrainConfig, XlaPretrainConfig, to_dict
+from gpt2_xla.config import (
+    PRESET_OPTIMIZERS,
+    PRESETS,
+    ModelConfig,
+    OptimConfig,
+    PretrainConfig,
+    TorchPretrainConfig,
+    XlaPretrainConfig,
+    to_dict,
+)
 from gpt2_xla.errors import UserError
 from gpt2_xla.option_docs import COMMANDS
 from gpt2_xla.validation import config_mistakes
@@ -194,6 +203,20 @@ def test_every_recipe_parses_and_holds_no_mistake(recipe: Path, config_type: typ
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_holds_no_mistake(preset):
     assert config_mistakes(parsed("--preset", preset)) == []
+
+
+def test_a_preset_may_set_the_optimizer_and_flags_beside_it_win(monkeypatch):
+    monkeypatch.setitem(PRESET_OPTIMIZERS, "tiny", dict(optim_type="muon", decay_method="wsd-sqrt"))
+    config = parsed("--decay-method", "linear", "--preset", "tiny")
+    assert config.model.d_model == PRESETS["tiny"]["d_model"]
+    assert (config.optim.optim_type, config.optim.decay_method) == ("muon", "linear")
+
+
+def test_presets_set_fields_that_there_are():
+    assert PRESET_OPTIMIZERS.keys() <= PRESETS.keys()
+    for presets, group in ((PRESETS, ModelConfig), (PRESET_OPTIMIZERS, OptimConfig)):
+        names = {field.name for field in dataclasses.fields(group)}
+        assert all(preset.keys() <= names for preset in presets.values())
 
 
 WORDS = st.text("abcdefghij XYZ/._é'\"#", min_size=1).filter(lambda word: word.strip() == word)

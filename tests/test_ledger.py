@@ -70,7 +70,7 @@ def data(text_data):
 
 
 def order_of(data, **changes):
-    return dataclasses.replace(BatchOrder(data.fingerprint, 1337, True, 32, 8, 2, 1), **changes)
+    return dataclasses.replace(BatchOrder(data.fingerprint, 1337, True, 32, 8, "0:16", 1), **changes)
 
 
 def test_the_hash_of_a_global_batch_is_that_of_its_windows_however_they_are_shared(data):
@@ -78,7 +78,7 @@ def test_the_hash_of_a_global_batch_is_that_of_its_windows_however_they_are_shar
     assert len(set(hashes)) == 600
     assert list(order_of(data).window_hashes(data.train, 16 * 500, 100)) == hashes[500:]
     assert list(order_of(data, world_size=2).window_hashes(data.train, 0, 600)) == hashes
-    assert list(order_of(data, batch_size=16, micro_steps=1).window_hashes(data.train, 0, 600)) == hashes
+    assert list(order_of(data, batch_size=16).window_hashes(data.train, 0, 600)) == hashes
     for change in ({"seed": 7}, {"shuffle": False}, {"fingerprint": "other"}):
         assert not set(order_of(data, **change).window_hashes(data.train, 0, 600)) & set(hashes)
 
@@ -88,7 +88,7 @@ def test_the_token_hash_is_of_what_rank_zero_reads(data, world_size):
     order = order_of(data, world_size=world_size)
     arguments = dict(seed=1337, shuffle=True, first_sample=48, steps=3, micro_steps=2, batch_size=8, rank=0)
     for step, batch in enumerate(training_batches(data.train, world_size=world_size, vocab_size=257, **arguments)):
-        samples = order.own_samples(48 + 16 * step)
+        samples = order.own_samples(48 + 16 * step, step)
         rows = data.train.rows(samples, seed=1337, shuffle=True, vocab_size=257)
         assert batch.numel() == rows.size == 16 * 33 // world_size
         assert token_hash(batch.numpy()) == token_hash(rows)

@@ -35,7 +35,7 @@ def same_weights(one: GPT, other: GPT) -> bool:
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_parameter_is_in_exactly_one_group_and_matrices_alone_decay(tied):
     model = build_model(ModelConfig(**(vars(TINY) | {"tie_weights": tied})), 0, seed=0)
-    groups = optim.parameter_groups(model, 0.1)
+    groups = optim.parameter_groups(list(model.parameters()), 0.1)
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted({id(p) for p in model.parameters()})  # once each, the tied weight too
     assert len(grouped) == len({id(t) for t in model.state_dict(keep_vars=True).values()})

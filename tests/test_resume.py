@@ -55,9 +55,9 @@ def test_resume_from_a_crash_is_bit_for_bit(tmp_path, uninterrupted):
     assert losses(tmp_path) == losses(uninterrupted)[25:]
 
 
-def test_interrupted_in_warm_up_and_in_the_fall_of_a_trapezoid_is_bit_for_bit(tmp_path, monkeypatch, text_data):
+def test_interrupted_in_warm_up_and_in_the_fall_of_wsd_is_bit_for_bit(tmp_path, monkeypatch, text_data):
     # Epochs end within steps 19 and 38, warm-up with step 10, the fall begins with step 40.
-    flags = [*FLAGS, "--decay-method", "trapezoid", "--decay-steps", "20", "--save-interval", "7"]
+    flags = [*FLAGS, "--decay-method", "wsd", "--decay-steps", "20", "--save-interval", "7"]
     whole, twice = tmp_path / "whole", tmp_path / "twice"
 
     def train(*arguments):

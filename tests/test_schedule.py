@@ -53,7 +53,7 @@ def test_linear_to_a_minimum_is_torchs_linear_decay():
     same(rates(optim("linear", min_lr=0.1 * PEAK, decay_steps=150), 200, 200), theirs)
 
 
-@pytest.mark.parametrize("method", ["cosine", "linear", "noam", "trapezoid"])
+@pytest.mark.parametrize("method", ["cosine", "linear", "noam", "wsd", "wsd-sqrt"])
 def test_schedules_with_warmup_are_those_of_transformers(method):
     from transformers import optimization
 
@@ -61,11 +61,14 @@ def test_schedules_with_warmup_are_those_of_transformers(method):
         "cosine": lambda o: optimization.get_cosine_schedule_with_warmup(o, 30, 200),
         "linear": lambda o: optimization.get_linear_schedule_with_warmup(o, 30, 200),
         "noam": lambda o: optimization.get_inverse_sqrt_schedule(o, 30),
-        "trapezoid": lambda o: optimization.get_wsd_schedule(
+        "wsd": lambda o: optimization.get_wsd_schedule(
             o, num_warmup_steps=30, num_decay_steps=40, num_training_steps=200, decay_type="linear"
         ),
+        "wsd-sqrt": lambda o: optimization.get_wsd_schedule(
+            o, num_warmup_steps=30, num_decay_steps=40, num_training_steps=200, decay_type="1-sqrt"
+        ),
     }[method]
-    ours = rates(optim(method, warmup=30, decay_steps=40 if method == "trapezoid" else None), 200, 200)
+    ours = rates(optim(method, warmup=30, decay_steps=40 if method.startswith("wsd") else None), 200, 200)
     theirs = reference(build, 202)
     # Their warm-up gives step 0 a rate of 0, which trains nothing; ours is one step ahead of it.
     same(ours[:30], theirs[1:31])
@@ -73,7 +76,7 @@ def test_schedules_with_warmup_are_those_of_transformers(method):
     same(ours[30:], theirs[later : later + 170])
 
 
-@pytest.mark.parametrize("method", ["cosine", "linear", "trapezoid"])
+@pytest.mark.parametrize("method", ["cosine", "linear", "wsd", "wsd-sqrt"])
 def test_boundaries(method):
     config = optim(method, warmup=10, min_lr=6e-5)
     at = lambda step: learning_rate(step, config, 100)  # noqa: E731
@@ -94,11 +97,11 @@ def test_decay_steps_of_cosine_is_where_the_minimum_begins():
     assert {learning_rate(step, config, 100) for step in range(50, 120)} == {6e-5}
 
 
-def test_trapezoid_falls_over_the_last_fifth_unless_told_otherwise():
-    config = optim("trapezoid", warmup=10)
+def test_wsd_falls_over_the_last_fifth_unless_told_otherwise():
+    config = optim("wsd", warmup=10)
     assert {learning_rate(step, config, 100) for step in range(9, 81)} == {PEAK}
     assert learning_rate(81, config, 100) == pytest.approx(PEAK * 19 / 20)
-    assert learning_rate(51, optim("trapezoid", decay_steps=50), 100) == pytest.approx(PEAK * 49 / 50)
+    assert learning_rate(51, optim("wsd", decay_steps=50), 100) == pytest.approx(PEAK * 49 / 50)
 
 
 def test_noam_is_the_paper_scaled_to_the_peak_and_not_below_the_minimum():
@@ -115,7 +118,7 @@ def test_noam_is_the_paper_scaled_to_the_peak_and_not_below_the_minimum():
     assert learning_rate(10**6, floored, 100) == 1e-4
 
 
-METHODS = st.sampled_from(["cosine", "linear", "noam", "trapezoid"])
+METHODS = st.sampled_from(["cosine", "linear", "noam", "wsd", "wsd-sqrt"])
 
 
 @given(METHODS, st.integers(0, 60), st.integers(100, 400), st.floats(0, 1), st.none() | st.integers(1, 40))
@@ -132,11 +135,12 @@ def test_rates_rise_to_the_peak_then_only_fall_and_never_jump(method, warmup, st
     assert max(found) == pytest.approx(PEAK)
     assert min(after) >= share * PEAK * (1 - 1e-12)
     # The steepest part: warm-up's line, or the decay's (a half cosine is π/2 steeper than a line at its middle).
-    if method == "trapezoid":
+    if method.startswith("wsd"):
         fall = decay_steps or max(steps // 5, 1)
     else:
         fall = 2 if method == "noam" else (decay_steps or steps) - warmup
-    steepest = max(1 / max(warmup, 1) if warmup else 0, math.pi / 2 / fall)
+    falls = math.sqrt(1 / fall) if method == "wsd-sqrt" else math.pi / 2 / fall
+    steepest = max(1 / max(warmup, 1) if warmup else 0, falls)
     assert all(abs(b - a) <= PEAK * steepest + 1e-12 for a, b in itertools.pairwise(found))
 
 

@@ -3,9 +3,11 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from gpt2_xla.batch_sizes import BatchSizes, parse_batch_sizes
 from gpt2_xla.data.training_set import TrainingSet
 
 HASHED_TOGETHER = 4096  # samples: a call of numpy costs as much for 10 of them as for 500
@@ -13,23 +15,23 @@ HASHED_TOGETHER = 4096  # samples: a call of numpy costs as much for 10 of them 
 
 @dataclass(frozen=True)
 class BatchOrder:
-    """All that decides which tokens a step sees, beside its first sample."""
+    """All that decides which tokens a step sees, beside its number and its first sample."""
 
     fingerprint: str  # of the data
     seed: int
     shuffle: bool
     seq_length: int
     batch_size: int  # sequences of a micro-step, over all processes
-    micro_steps: int
+    batch_sizes: str  # sequences of an optimizer step, from which step on; as --batch-size-schedule has it
     world_size: int  # processes that share a batch
 
-    @property
-    def sequences(self) -> int:
-        """Sequences of a global batch."""
-        return self.batch_size * self.micro_steps
+    @cached_property
+    def sizes(self) -> BatchSizes:
+        """The global batch of every step; raises `UserError` for a text that tells of none."""
+        return parse_batch_sizes(self.batch_sizes, self.batch_size)
 
-    def window_hashes(self, train: TrainingSet, first_sample: int, steps: int) -> Iterator[str]:
-        """Of each global batch from `first_sample` on: a hash of the data's fingerprint and of its windows' places.
+    def window_hashes(self, train: TrainingSet, first_sample: int, steps: int, first_step: int = 0) -> Iterator[str]:
+        """Of each global batch from `first_sample`, that of `first_step`, on: a hash of the data's fingerprint and of its windows' places.
 
         sha256, cut to 32 hex digits, over the fingerprint, the sequence length, and for each sequence in order its source's
         number and the place of its first token in that source's stream. Where the data is what its fingerprint says, that
@@ -37,18 +39,21 @@ class BatchOrder:
         and the division into micro-steps do not enter.
         """
         head = f"{self.fingerprint} {self.seq_length}\n".encode()
-        together = max(1, HASHED_TOGETHER // self.sequences)
-        for step in range(0, steps, together):
-            count = min(together, steps - step)
-            samples = first_sample + np.arange(step * self.sequences, (step + count) * self.sequences)
-            places = np.stack(train.places(samples, seed=self.seed, shuffle=self.shuffle), axis=1).astype("<i8")
-            for one in places.reshape(count, -1):
-                yield _digest(head, one)
+        for of_one_size, micro_steps in self.sizes.spans(first_step, first_step + steps):
+            sequences = micro_steps * self.batch_size
+            together = max(1, HASHED_TOGETHER // sequences)
+            for step in range(0, of_one_size, together):
+                count = min(together, of_one_size - step)
+                samples = first_sample + np.arange(step * sequences, (step + count) * sequences)
+                places = np.stack(train.places(samples, seed=self.seed, shuffle=self.shuffle), axis=1).astype("<i8")
+                for one in places.reshape(count, -1):
+                    yield _digest(head, one)
+            first_sample += of_one_size * sequences
 
-    def own_samples(self, first_sample: int) -> np.ndarray:
-        """The samples that rank 0 reads of the step that begins with `first_sample`, in its order."""
+    def own_samples(self, first_sample: int, step: int) -> np.ndarray:
+        """The samples that rank 0 reads of `step`, which begins with `first_sample`, in its order."""
         rows = self.batch_size // self.world_size
-        own: np.ndarray = np.arange(self.micro_steps)[:, None] * self.batch_size + np.arange(rows)
+        own: np.ndarray = np.arange(self.sizes.micro_steps(step))[:, None] * self.batch_size + np.arange(rows)
         return first_sample + own.ravel()
 
 

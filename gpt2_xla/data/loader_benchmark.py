@@ -103,7 +103,7 @@ def measure(train_dirs: list[str], seq_length: int, tokens_per_step: int, seek_s
     before = time.perf_counter()
     data = PretrainingData.open(config, rank=0, world_size=1)
     start_up, before = time.perf_counter() - before, time.perf_counter()
-    first = seek_step * config.sequences_per_step
+    first = config.batch_sizes.before(seek_step)
     next(data.training(first, 10**9))
     seek = time.perf_counter() - before
     steps, before = 0, time.perf_counter()
@@ -117,7 +117,7 @@ def measure(train_dirs: list[str], seq_length: int, tokens_per_step: int, seek_s
         for _batch in data.training(first, steps):
             pass
         passes.append(time.perf_counter() - before)
-    rate = steps * config.tokens_per_step / min(passes)
+    rate = steps * config.tokens_at(0) / min(passes)
     return Row(seq_length, len(train_dirs), start_up, seek, rate, _resident() - memory)
 
 

@@ -74,21 +74,23 @@ class PretrainingData:
             checked="sha256 checked" if all_full else "lengths checked",
         )
 
-    def training(self, first_sample: int, steps: int) -> Iterator[Tensor]:
-        """This replica's batches (A, B, T+1) of `steps` optimizer steps from sample number `first_sample` on."""
+    def training(self, first_sample: int, steps: int, first_step: int = 0) -> Iterator[Tensor]:
+        """This replica's batches (A, B, T+1) of `steps` optimizer steps, `first_step` and sample number `first_sample` first."""
         assert self.train is not None
-        return training_batches(
-            self.train,
-            seed=self.config.run.seed,
-            shuffle=self.config.data.shuffle,
-            first_sample=first_sample,
-            steps=steps,
-            micro_steps=self.config.data.gradient_accum_step,
-            batch_size=self.config.data.train_batch_size,
-            rank=self.rank,
-            world_size=self.world_size,
-            vocab_size=self.config.model.vocabulary,
-        )
+        for count, micro_steps in self.config.batch_sizes.spans(first_step, first_step + steps):
+            yield from training_batches(
+                self.train,
+                seed=self.config.run.seed,
+                shuffle=self.config.data.shuffle,
+                first_sample=first_sample,
+                steps=count,
+                micro_steps=micro_steps,
+                batch_size=self.config.data.train_batch_size,
+                rank=self.rank,
+                world_size=self.world_size,
+                vocab_size=self.config.model.vocabulary,
+            )
+            first_sample += count * micro_steps * self.config.data.train_batch_size
 
     def evaluation(self) -> Iterator[Tensor]:
         """This replica's validation batches (B, 2, T) of inputs and targets."""

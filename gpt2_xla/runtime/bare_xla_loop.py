@@ -22,7 +22,7 @@ class BareXlaLoop:
         self._model = build_model(config.model, config.runtime.loss_chunk, config.run.seed).to(self._device)
         self._model.tie_weights()
         kind = syncfree.AdamW if config.optim.optim_type == "adamw" else syncfree.Adam
-        groups = optimizers.parameter_groups(self._model, config.optim.weight_decay)
+        groups = optimizers.parameter_groups(list(self._model.parameters()), config.optim.weight_decay)
         self._optimizer = kind(groups, **optimizers.optimizer_arguments(config.optim))
         self._batches = [batch.to(self._device) for batch in host_batches]
         self._bf16 = config.runtime.mixed_precision == "bf16"

@@ -47,6 +47,10 @@ class CompileWatch:
             self.verdict = f"{what}. That is more than --max-recompiles {self._limit}"
             self._runtime.request_stop()
 
+    def expect(self, kind: str) -> None:
+        """The next piece of work of `kind` is a first one again: it has reason to compile."""
+        self._last.pop(kind, None)
+
     def summary(self) -> str:
         """What was compiled since the watch began, in words; empty if the runtime compiles nothing."""
         stats = self._runtime.compile_stats()

@@ -88,7 +88,8 @@ class TorchRuntime:
 
     def build_optimizer(self, model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
         fused = self.device.type in ("cpu", "cuda")
-        optimizer = optimizers.build_torch_optimizer(model, optim, fused=fused)
+        precision = torch.bfloat16 if self.config.mixed_precision == "bf16" else torch.float32
+        optimizer = optimizers.build_torch_optimizer(model, optim, fused=fused, matmul_dtype=precision)
         optimizers.prime_state(model, optimizer, step_device=None if fused else torch.device("cpu"))
         return optimizer
 
@@ -135,11 +136,8 @@ class TorchRuntime:
         if self._scaler.is_enabled():
             self._scaler.step(optimizer)
             self._scaler.update()
-        elif optimizer.defaults["fused"]:
-            optimizer.found_inf = optimizers.not_finite(values)  # type: ignore[attr-defined]
-            optimizer.step()
-        elif not optimizers.not_finite(values):  # waits for the device: without the fused kernel nothing there can skip
-            optimizer.step()
+        else:
+            optimizers.take_step(optimizer, optimizers.not_finite(values), _step_unless)
         optimizer.zero_grad(set_to_none=True)
         return values
 
@@ -244,6 +242,15 @@ class TorchRuntime:
         if last or not isinstance(wrapped, DistributedDataParallel):
             return contextlib.nullcontext()
         return wrapped.no_sync()
+
+
+def _step_unless(adam: torch.optim.Optimizer, skip: Tensor) -> None:
+    """A step of torch's own Adam(W), unless `skip` is 1."""
+    if adam.defaults["fused"]:
+        adam.found_inf = skip  # type: ignore[attr-defined]
+        adam.step()
+    elif not skip:  # waits for the device: without the fused kernel nothing there can skip
+        adam.step()
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:

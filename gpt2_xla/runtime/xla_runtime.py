@@ -1,6 +1,7 @@
 """A replica of xmp.spawn: one XLA device (TPU, CPU, or a plugin's) with its own copy of the model."""
 
 import contextlib
+import functools
 import logging
 import os
 import resource
@@ -83,17 +84,19 @@ class XlaRuntime:
             xm.broadcast_master_param(model)
 
     def build_optimizer(self, model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+        precision = torch.bfloat16 if self.config.mixed_precision == "bf16" else torch.float32
         if not self.config.use_syncfree_optim:
             # Counting on the device: the host cannot know which steps were skipped.
-            optimizer = optimizers.build_torch_optimizer(model, optim, fused=False, capturable=True)
+            optimizer = optimizers.build_torch_optimizer(
+                model, optim, fused=False, capturable=True, matmul_dtype=precision
+            )
             optimizers.prime_state(model, optimizer)
         else:
-            kind = syncfree.AdamW if optim.optim_type == "adamw" else syncfree.Adam
-            groups = optimizers.parameter_groups(model, optim.weight_decay)
-            optimizer = kind(groups, **optimizers.optimizer_arguments(optim))
+            optimizer = optimizers.build_optimizer(model, optim, functools.partial(syncfree_adam, optim), precision)
             optimizers.prime_state(model, optimizer)
             for state in optimizer.state.values():
-                state["max_exp_avg_sq"] = torch.empty(0, dtype=torch.float, device=self.device)
+                if "exp_avg" in state:
+                    state["max_exp_avg_sq"] = torch.empty(0, dtype=torch.float, device=self.device)
         self._lay_out_state(model, optimizer)
         self.end_step()
         return optimizer
@@ -141,11 +144,8 @@ class XlaRuntime:
         self._average([*(parameter.grad for parameter in model.parameters() if parameter.grad is not None), loss])
         norm = clip_gradients(model, max_grad_norm)
         values = torch.stack([loss, norm])
-        skip = optimizers.not_finite(values)
-        if self.config.use_syncfree_optim:
-            optimizer.step(found_inf=skip)  # type: ignore[call-overload]
-        else:
-            optimizers.step_unless(optimizer, skip)
+        step = _syncfree_step if self.config.use_syncfree_optim else optimizers.step_unless
+        optimizers.take_step(optimizer, optimizers.not_finite(values), step)
         optimizer.zero_grad(set_to_none=True)
         return values
 
@@ -228,6 +228,16 @@ class XlaRuntime:
 
     def close(self) -> None:
         self._stop.close()
+
+
+def syncfree_adam(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """torch_xla's AdamW or Adam, which can skip a step on the device."""
+    kind = syncfree.Adam if optim.optim_type == "adam" else syncfree.AdamW
+    return kind(groups, **optimizers.optimizer_arguments(optim))
+
+
+def _syncfree_step(adam: torch.optim.Optimizer, skip: Tensor) -> None:
+    adam.step(found_inf=skip)  # type: ignore[call-overload]
 
 
 def _count(name: str) -> int:

@@ -78,6 +78,13 @@ class XlaSpmdRuntime(XlaRuntime):
                 if value.shape == parameter.shape:  # not the step count
                     self.partition.mark(value, self.partition.stored(name, parameter))
         self._held += optimizers.named_state(model, optimizer).values()
+        if isinstance(optimizer, optimizers.MuonAndAdam):
+            names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+            # Each device orthogonalizes whole matrices of its own: cut ones would be added up in every product.
+            optimizer.muon.spread = lambda stacked: self.partition.cut(stacked, (AXES, WHOLE, WHOLE))
+            optimizer.muon.gather = lambda update, parameter: self.partition.cut(
+                update, self.partition.stored(names[parameter], parameter)
+            )
 
     def batches(self, host_batches: Iterator[Tensor], rows_dim: int) -> Generator[Tensor, None, None]:
         if self.world_size == 1:

@@ -31,6 +31,7 @@ def plan_tpu(parsed: Parsed[PlanConfig], mistakes: list[str]) -> int:
     size = parsed.config.data.train_batch_size
     config = replace(parsed.config, data=replace(parsed.config.data, eval_batch_size=size))
     found = [*mistakes, *config_mistakes(config, parsed.explicit), *installation_mistakes()]
+    config = _with_largest_batch(config)
     steps = variants(config, found)
     slices = _slices(config, found)
     with _Progress() as progress:
@@ -48,6 +49,15 @@ def plan_tpu(parsed: Parsed[PlanConfig], mistakes: list[str]) -> int:
     if config.plan.find_settings:
         return _print_settings(config, settings)
     return _print_rows(config, rows)
+
+
+def _with_largest_batch(config: PlanConfig) -> PlanConfig:
+    """Of --batch-size-schedule the stage with the largest batch, as if all steps were like that."""
+    try:
+        micro_steps = max(count for _, count in config.batch_sizes.stages)
+    except UserError:  # among the mistakes already
+        return config
+    return replace(config, data=replace(config.data, gradient_accum_step=micro_steps, batch_size_schedule=None))
 
 
 def _print_rows(config: PlanConfig, rows: list[Row]) -> int:

@@ -27,7 +27,7 @@ def speed(compiled: Compiled) -> Speed:
     assert compiled.traffic is not None
     config, target = compiled.wish.config, compiled.wish.slice
     limits = bounds(compiled.traffic, target.device, target.devices)
-    tokens_per_second = config.tokens_per_step / limits.step
+    tokens_per_second = config.tokens_at(0) / limits.step
     flops = flops_per_token(config.model)
     return Speed(
         limits,

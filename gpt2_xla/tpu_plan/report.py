@@ -19,7 +19,7 @@ def headline(config: PlanConfig) -> str:
     return (
         f"Compiled by the TPU compiler (libtpu {importlib.metadata.version('libtpu')}), not run. Memory is the compiler's "
         "own count; times are bounds\nthat no run can beat, from its program and published peaks. Per device and optimizer "
-        f"step of {config.tokens_per_step:,} tokens. Days and\ndollars: at {least:.0%} to {most:.0%} of the bound, the "
+        f"step of {config.tokens_at(0):,} tokens. Days and\ndollars: at {least:.0%} to {most:.0%} of the bound, the "
         "shares that two public trainings reached."
     )
 
