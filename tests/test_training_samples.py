@@ -1,5 +1,7 @@
 """Samples during training: written to the sinks, and nothing of the training is changed by them."""
 
+import html
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -61,6 +63,19 @@ def test_a_torch_run_with_samples_is_bit_for_bit_one_without(tmp_path, text_data
     check_alike(tmp_path / "plain", tmp_path / "sampled")
     shown = capsys.readouterr().out
     assert f"step 12 writes: {PROMPT}{records(tmp_path / 'sampled', 'sample')[-1]['text']}" in shown
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+def test_wandb_gets_the_text_as_a_page(tmp_path, text_data, monkeypatch):
+    for name, value in {"MODE": "offline", "SILENT": "true", "CONFIG_DIR": tmp_path, "CACHE_DIR": tmp_path}.items():
+        monkeypatch.setenv(f"WANDB_{name}", str(value))
+    command = [*TRAINED, *data_flags(text_data), "--device", "cpu", "--checkpoints-dir", tmp_path, "--wandb-logging"]
+    assert run_here(monkeypatch, run_pretrain.main, *command, *SAMPLED, "--sample-prompt", "a < b") == 0
+    pages = [page.read_bytes().decode() for page in tmp_path.glob("wandb/offline-run-*/files/media/html/sample/*.html")]
+    assert sorted(pages) == sorted(
+        f"<pre>a &lt; b{html.escape(record['text'])}</pre>" for record in records(tmp_path, "sample")
+    )
+    assert len(pages) == 4
 
 
 @pytest.mark.xla
