@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from gpt2_xla import checkpoint, sampling
+from gpt2_xla import checkpoint, loading, sampling
 from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
 from gpt2_xla.runtime.torch_runtime import pick_accelerator
@@ -160,12 +160,14 @@ def check_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[str]:
 
 def load_model(folder: Path, device: str | torch.device) -> GPT:
     """The model of a checkpoint or of a Hugging Face folder, on the device, in evaluation mode; raises UserError."""
-    weights = checkpoint.read_weights(folder)
+    checkpoint.read_weights(
+        folder
+    )  # a config.json that tells of a larger model than the file holds is no model to build
     with torch.device("meta"):  # no time spent on initial weights that would be overwritten
         model = GPT(checkpoint.read_model_config(folder))
     model.to_empty(device=device)
     model.tie_weights()
-    checkpoint.load_weights(model, weights)
+    loading.load(model, folder)
     return model.eval()
 
 

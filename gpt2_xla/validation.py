@@ -79,6 +79,10 @@ def _range_mistakes(config: PretrainConfig) -> list[str]:
         for flag, value in not_negative.items()
         if not 0 <= value < math.inf
     ]
+    if not 0 <= model.vocab_padding < max(model.vocabulary, 1):
+        mistakes.append(
+            f"--vocab-padding {model.vocab_padding} must be at least 0 and below the vocabulary, {model.vocabulary}"
+        )
     if not 0 <= model.dropout < 1:
         mistakes.append(f"--dropout {model.dropout} must be at least 0 and below 1")
     if not all(0 <= beta < 1 for beta in optim.betas):
