@@ -148,6 +148,12 @@ def test_a_run_begins_with_the_weights_cuts_the_context_and_pads_the_vocabulary(
         total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
         count += len(window) - 1
     assert losses(tmp_path / "padded", "valid")[0] == pytest.approx(total / count, abs=1e-5)
+    test = ("--do-test", "--from-checkpoint", gpt2_folder, "--valid-dir", text_data / "valid", "--seq-length", 32)
+    status, printed = start(*test, "--device", "cpu", "--mixed-precision", "no", "--checkpoints-dir", tmp_path / "none")
+    assert status == 0
+    assert f"0 steps trained: validation loss {total / count:.4f}, perplexity" in printed
+    assert "1,999 tokens" in printed
+    assert not (tmp_path / "none").exists()
 
     # In a file the padding is gone: transformers never sees it.
     last = tmp_path / "padded" / "step-00000004"
