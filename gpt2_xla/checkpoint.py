@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2_xla import checkpoint_files as files
-from gpt2_xla import checkpoint_parts, hf, shares
+from gpt2_xla import checkpoint_parts, hf, shares, vocabulary_padding
 from gpt2_xla.cli import from_dict
 from gpt2_xla.config import ModelConfig
 from gpt2_xla.errors import UserError
@@ -37,8 +37,8 @@ CONFIG, MODEL = "config.json", "model.safetensors"
 OPTIMIZER, STATE = "trainer_state/optimizer.safetensors", "trainer_state/state.json"
 # What config.json and state.json must agree on: all but the dropout, which is no property of the weights.
 MODEL_OF_A_CHECKPOINT = sorted(
-    {field.name for field in dataclasses.fields(ModelConfig)} - {"vocab_size", "d_ff", "num_kv_heads", "dropout"}
-    | {"vocabulary", "hidden_dim", "kv_heads"}
+    {field.name for field in dataclasses.fields(ModelConfig)} - {"vocab_size", "vocab_padding", "d_ff", "num_kv_heads", "dropout"}
+    | {"tokens_known", "hidden_dim", "kv_heads"}
 )
 Kept = TypeVar("Kept")
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
@@ -95,14 +95,14 @@ def save(
         for file in sorted(tokenizer_files.iterdir()) if tokenizer_files else []:
             if file.is_file():
                 new.write(file.name, [file.read_bytes()])
-        new.write_json(CONFIG, hf.hugging_face_config(config, end_of_text))
+        new.write_json(CONFIG, hf.hugging_face_config(vocabulary_padding.unpadded(config), end_of_text))
         new.write_json(STATE, dataclasses.asdict(state))
         if parts:
             checkpoint_parts.write_shares(new, checkpoint_parts.OPTIMIZER, 0, optimizer)
         else:
             new.write_tensors(OPTIMIZER, *share_files(optimizer)[0])
         elsewhere = checkpoint_parts.take_in(new, parts)
-        new.write_tensors(MODEL, _hugging_face_entries([*weights, *elsewhere], config))
+        new.write_tensors(MODEL, hugging_face_entries([*weights, *elsewhere], config))
 
     try:
         files.remove_leftovers(run_dir, "step-*")
@@ -117,14 +117,19 @@ def save(
     return final
 
 
-def _hugging_face_entries(weights: Sequence[Share], config: ModelConfig) -> list[Entry]:
-    """The file of weights; each tensor is put together and turned only when its turn comes."""
+def hugging_face_entries(weights: Sequence[Share], config: ModelConfig) -> list[Entry]:
+    """The file that `transformers` reads; each tensor is put together and turned only when its turn comes.
+
+    Rows that pad the vocabulary are left out.
+    """
     entries = []
     for name, blocks in by_name(weights).items():
-        like = torch.empty(whole_shape(blocks), dtype=blocks[0].data.dtype, device="meta")
+        whole = torch.empty(whole_shape(blocks), dtype=blocks[0].data.dtype, device="meta")
+        like = vocabulary_padding.cut(name, whole, config)
 
         def read(theirs: str, name: str = name, blocks: Sequence[Share] = blocks) -> Tensor:
-            return hf.to_hugging_face({name: put_together(blocks)}, config)[theirs]
+            tensor = vocabulary_padding.cut(name, put_together(blocks), config)
+            return hf.to_hugging_face({name: tensor}, config)[theirs]
 
         for theirs, turned in hf.to_hugging_face({name: like}, config).items():  # none for a tied output layer
             entries.append(Entry(theirs, turned.dtype, tuple(turned.shape), partial(read, theirs)))
@@ -191,12 +196,12 @@ def resolve(path: str, say: Callable[[str], None] | None = None, for_resume: boo
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "no such folder"
         raise UserError(f"{path}: {what}; expected a checkpoint folder (step-…) or a run folder that holds some")
-    if STEP_FOLDER.fullmatch(folder.name) or (folder / STATE).parent.is_dir():
+    if _is_checkpoint(folder):
         found = problems(folder, for_resume)
         if found:
             raise UserError(f"{path} is a damaged checkpoint: {'; '.join(found)}")
         return folder
-    if (folder / CONFIG).is_file() and (folder / MODEL).is_file() and not for_resume:
+    if (folder / CONFIG).is_file() and all(file.is_file() for file in weight_files(folder)) and not for_resume:
         return folder
     good = newest_good(folder, say or _warn, for_resume)
     if good is None:
@@ -207,6 +212,15 @@ def resolve(path: str, say: Callable[[str], None] | None = None, for_resume: boo
 
 def _warn(sentence: str) -> None:
     print(f"warning: {sentence}", file=sys.stderr)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of ours, good or bad, or a run that has some."""
+    return _is_checkpoint(folder) or bool(checkpoints(folder))
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return STEP_FOLDER.fullmatch(folder.name) is not None or (folder / STATE).parent.is_dir()
 
 
 def has_state(path: Path) -> bool:
@@ -267,7 +281,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Their sizes are those that config.json tells: a model built from it is no larger than the file.
     """
     config = read_model_config(path)
-    weights = hf.from_hugging_face(read_tensors(path / MODEL), config)
+    found: dict[str, Tensor] = {}
+    for file in weight_files(path):
+        found |= read_tensors(file)
+    weights = hf.from_hugging_face(found, config)
     expected = {
         "wte.weight": (config.vocabulary, config.d_model),
         "blocks.0.attn.c_attn.weight": (config.d_model + 2 * config.kv_heads * config.head_dim, config.d_model),
@@ -285,6 +302,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if mistakes:
         raise UserError(mistakes)
     return weights
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The file of the weights, or, where Hugging Face has cut a large model up, those that its index names."""
+    index = path / f"{MODEL}.index.json"
+    if (path / MODEL).is_file() or not index.is_file():
+        return [path / MODEL]
+    names = files.read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(_is_plain(name) for name in names.values()):
+        raise UserError(f"{index} names no files beside it")
+    return [path / name for name in sorted(set(names.values()))]
+
+
+def _is_plain(name: Any) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) is not None
 
 
 def _optimizer_files(path: Path) -> list[Path]:
@@ -307,8 +339,15 @@ def load_optimizer(path: Path, targets: dict[str, Tensor]) -> None:
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Copy weights into the model, whatever its device; a tied weight is listed once or, equal, twice.
 
-    Raises UserError naming every weight that is missing, unexpected or of another shape; then nothing was copied.
+    Raises UserError as `check_weights` does; then nothing was copied.
     """
+    check_weights(model, weights)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
+
+
+def check_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Raise UserError naming every weight that is missing, unexpected or of another shape than the model's."""
     parameters = dict(model.named_parameters())  # tied ones once, under their first name
     aliases = dict(model.named_parameters(remove_duplicate=False))
     mistakes = [f"weight {name} is missing" for name in parameters if name not in weights]
@@ -322,8 +361,6 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
             mistakes.append(f"weight {name} differs from the one that the model ties it to")
     if mistakes:
         raise UserError(mistakes[:8] + ([f"and {len(mistakes) - 8} more"] if len(mistakes) > 8 else []))
-    for name, parameter in parameters.items():
-        parameter.copy_(weights[name])
 
 
 def _equals_its_twin(

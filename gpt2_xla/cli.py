@@ -345,7 +345,7 @@ def _unknown(rest: list[str], known: set[str]) -> list[str]:
 
 def _inner(type_: Any) -> Any:
     """`int` for `int | None`."""
-    if isinstance(type_, types.UnionType):
+    if typing.get_origin(type_) in (types.UnionType, typing.Union):  # the second with a Literal
         return next(t for t in typing.get_args(type_) if t is not types.NoneType)
     return type_
 

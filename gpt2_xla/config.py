@@ -48,6 +48,10 @@ class ModelConfig:
     qk_norm: bool = option(False, "RMSNorm of each head's queries and keys, before any rotation")
     bias: bool = option(True, "biases in linear layers and LayerNorm, as GPT-2 has")
     tie_weights: bool = option(True, "share the token embedding with the output layer, as GPT-2 does")
+    vocab_padding: int = option(
+        0,
+        "rows at the end of --vocab-size that stand for no token: never predicted, left out of checkpoints. --from-checkpoint sets it where --vocab-size is larger than the checkpoint's",
+    )
 
     @property
     def hidden_dim(self) -> int:
@@ -68,8 +72,13 @@ class ModelConfig:
 
     @property
     def vocabulary(self) -> int:
-        """The vocabulary size, with GPT-2's where neither a flag nor a manifest said one."""
+        """The vocabulary size V, with GPT-2's where neither a flag nor a manifest said one; padding included."""
         return self.vocab_size if self.vocab_size is not None else 50257
+
+    @property
+    def tokens_known(self) -> int:
+        """The ids that stand for tokens, 0 to this: the vocabulary without its padding."""
+        return self.vocabulary - self.vocab_padding
 
 
 _GPT2: dict[str, Any] = dict(position="learned", norm="layernorm", activation="gelu", qk_norm=False, bias=True)
@@ -173,13 +182,17 @@ class RunConfig:
         "auto continues from the newest good checkpoint in --checkpoints-dir, or begins anew if there is none; must refuses to begin anew; never refuses a folder that holds checkpoints",
     )
     from_checkpoint: str | None = option(
-        None, "begin with this checkpoint, of another run; given again, the command continues what it began"
+        None,
+        "begin with this checkpoint of another run; or with the weights of a Hugging Face GPT-2, a folder or a name on the hub such as gpt2-medium: a new run, whose --seq-length may be shorter and whose --vocab-size may be larger; given again, the command continues what it began",
     )
     hang_timeout: float = option(
         1800.0,
         "end the run, with each rank's position and a stack of each thread, after N seconds without progress; start-up and compilation may take an hour even so; 0 waits for ever",
     )
-    do_test: bool = option(False, "do not train: evaluate the checkpoint on --valid-dir, print loss and perplexity")
+    do_test: bool = option(
+        False,
+        "do not train: evaluate the checkpoint on --valid-dir; print loss and its standard error, perplexity, bits per byte",
+    )
     max_skipped_steps: int = option(
         20,
         "save, write the batches to bad_batch-STEP.safetensors and stop when N steps in a row had a loss or gradients that are not finite, which changes nothing; looked at every --log-interval; 0: never stop",

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from gpt2_xla import checkpoint
+from gpt2_xla import checkpoint, loading
 from gpt2_xla.decoding import Machine
 from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
@@ -153,12 +153,12 @@ def check_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[str]:
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> GPT:
     """The model of a checkpoint or of a Hugging Face folder, on the device, in evaluation mode; raises UserError."""
-    weights = checkpoint.read_weights(folder)
+    checkpoint.read_weights(folder)  # no model is built that a config.json tells of and the file does not hold
     with torch.device("meta"):  # no time spent on initial weights that would be overwritten
         model = GPT(checkpoint.read_model_config(folder))
     model.to_empty(device="cpu")
     model.tie_weights()
-    checkpoint.load_weights(model, weights)
+    loading.load(model, folder)
     model.to(device, dtype)
     model.tie_weights()  # a move to an XLA device makes two tensors of a tied one
     return model.eval()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt2_xla.config import ModelConfig
-from gpt2_xla.loss import next_token_loss
+from gpt2_xla.loss import next_token_loss, sequence_losses, without_padding
 
 # q (B, H, T, D), k and v (B, Hkv, T, D), and dropout -> (B, H, T, D). q and k are normalized and rotated already. Hkv divides
 # H; query head h uses key head h // (H / Hkv), which an implementation sees to itself (`repeat_heads`).
@@ -43,10 +43,17 @@ class GPT(nn.Module):
         if self.config.tie_weights:
             self.lm_head.weight = self.wte.weight
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        positions: Tensor | None = None,
+        by_sequence: bool = False,
+    ) -> Tensor:
         """Logits (B, T, V) of the tokens (B, T); with targets (B, T), their mean loss in nats (a float32 scalar).
 
         A target of -100 is not counted. `positions` (T,) or (B, T) are those of the tokens; default: 0 to T - 1.
+        `by_sequence` gives the summed loss of each sequence instead, float32 (B,), without gradients.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -57,9 +64,11 @@ class GPT(nn.Module):
             rotation = rotation_at(positions, self.config.head_dim, self.config.rope_theta)
         x = self.drop(x).to(self.residual_dtype)
         x = self.ln_f(self.run_blocks(self.blocks, x, rotation))
+        known = self.config.tokens_known
         if targets is None:
-            return self.lm_head(x)  # (B, T, C) -> (B, T, V)
-        return next_token_loss(x, self.output_matrix(), targets, self.loss_chunk, self.vocab_multiple, fuses=self.fuses)
+            return without_padding(self.lm_head(x), known)  # (B, T, C) -> (B, T, V)
+        loss = sequence_losses if by_sequence else next_token_loss
+        return loss(x, self.output_matrix(), targets, self.loss_chunk, self.vocab_multiple, self.fuses, known)
 
     def output_matrix(self) -> Tensor:
         """The output layer's weight (V, C); a method because a runtime may have to gather it."""

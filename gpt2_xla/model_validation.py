@@ -17,6 +17,10 @@ def model_mistakes(model: ModelConfig) -> list[str]:
         "--d-ff": model.hidden_dim,
     }
     mistakes = [f"{flag} {value} must be at least 1" for flag, value in at_least_one.items() if value < 1]
+    if not 0 <= model.vocab_padding < max(model.vocabulary, 1):
+        mistakes.append(
+            f"--vocab-padding {model.vocab_padding} must be at least 0 and below the vocabulary, {model.vocabulary}"
+        )
     if not 0 <= model.dropout < 1:
         mistakes.append(f"--dropout {model.dropout} must be at least 0 and below 1")
     for flag, number in (("--rope-theta", model.rope_theta), ("--norm-eps", model.norm_eps)):

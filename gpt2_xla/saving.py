@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from tqdm import tqdm
 
-from gpt2_xla import checkpoint, checkpoint_parts, optim
+from gpt2_xla import checkpoint, checkpoint_parts, loading, optim
 from gpt2_xla.checkpoint import SaveError
 from gpt2_xla.checkpoint_files import save_number
 from gpt2_xla.config import PretrainConfig, to_dict
@@ -193,7 +193,7 @@ def restore(run: "Run", source: Path) -> str | None:
     """
     state = checkpoint.read_state(source)
     run.data.check_tokenizer(state.tokenizer, state.tokenizer_hash)
-    checkpoint.load_weights(run.model, checkpoint.read_weights(source))
+    loading.load(run.model, source)
     checkpoint.load_optimizer(source, optim.named_state(run.model, run.optimizer))
     run.runtime.end_step()
     run.runtime.load_scaler_state(state.scaler)

@@ -133,6 +133,54 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluation"""
+
+    model: tuple[str, ...] = option(
+        ("runs/gpt2",),
+        "models to compare: checkpoint folders, run folders (their newest good checkpoint), Hugging Face folders, or names on the hub such as gpt2-medium",
+    )
+    data: str | None = option(
+        None, "folder of token shards whose loss is measured, such as data/pydoc/valid, or the one above it"
+    )
+    valid_steps: int | None = option(
+        None, "measure the first N batches of --eval-batch-size sequences only; default: the whole of --data"
+    )
+    eval_batch_size: int = option(8, "sequences at a time, over all processes; changes speed, not the result")
+    seq_length: int | None = option(None, "tokens of context; default: each model's own")
+    task: Literal["hellaswag"] | None = option(
+        None, "multiple-choice questions: choose the ending that is most likely after the context"
+    )
+    file: str | None = option(
+        None, "questions of --task, a .jsonl file as it was published; default: the hub's validation split"
+    )
+    limit: int | None = option(None, "only the first N questions of --task")
+    tokenizer: str | None = option(
+        None,
+        "tokenizer for --task: bytes, a tiktoken name, or a Hugging Face one; default: the one recorded in each model",
+    )
+    mixed_precision: Literal["no", "bf16"] = option("no", "matmul precision; the loss stays float32")
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option(
+        "auto", "device; auto takes the accelerator that torch finds, else the CPU"
+    )
+    json: bool = option(False, "print JSON, with all digits, instead of tables")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Export"""
+
+    model: str = option(
+        "runs/gpt2",
+        "checkpoint folder, run folder (its newest good checkpoint), or Hugging Face folder; may stand without its flag",
+    )
+    output: str | None = option(None, "folder to write, which must not exist or be empty; may stand without its flag")
+    tokenizer: str | None = option(
+        None, "bytes, a tiktoken name, or a Hugging Face tokenizer; default: the one recorded in the checkpoint"
+    )
+
+
+@dataclass(frozen=True)
 class BenchOptions:
     """What to measure"""
 

@@ -3,12 +3,12 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from gpt2_xla import checkpoint, cli
+from gpt2_xla import checkpoint, cli, pretrained
 from gpt2_xla.config import PretrainConfig, RunConfig
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.manifest import Manifest
@@ -28,7 +28,7 @@ class Start(Generic[Config]):
     """What a training command asks for."""
 
     config: Config
-    source: Path | None  # the checkpoint to continue from; None for a new run
+    source: Path | None  # the checkpoint to continue, or the weights to begin with; None for a run from scratch
 
 
 def pretrain_start(
@@ -48,28 +48,71 @@ def pretrain_start(
     except UserError as error:  # the data depends on the checkpoint; the options speak for themselves
         own = config_mistakes(parsed.config, parsed.explicit)
         raise UserError(list(dict.fromkeys([*mistakes, *error.mistakes, *own]))) from error
-    if source is not None:
+    weights = source if source is not None and not checkpoint.has_state(source) else None
+    if weights is not None:
+        parsed = _with_model_of(weights, parsed, config_type, argv, description, mistakes)
+    elif source is not None:
         # The run's own options are the defaults now, so that --checkpoints-dir alone continues it.
         state = checkpoint.read_state(source)
         saved = cli.replace_fields(cli.from_dict(config_type, state.config), ASKED_ANEW)
         parsed = cli.parse(config_type, argv, description, base=saved, mistakes=[])
-        mistakes += _model_conflicts(parsed.config, saved, source)
+        mistakes += _model_conflicts(parsed.config, saved, source.name)
         mistakes += _optimizer_conflict(parsed.config, saved, source)
         parsed = dataclasses.replace(parsed, config=_with_folder(parsed, source))
         parsed = dataclasses.replace(parsed, config=_with_remote_dir(parsed, source))
         mistakes += [*_steps_mistakes(parsed.config, state.step), *profile_mistakes(parsed.config, state.step)]
     mistakes += [*_folder_mistakes(parsed.config, source), *_remote_mistakes(parsed.config, source)]
-    config = _with_vocabulary(parsed.config, mistakes)
+    config = parsed.config
+    if config.run.do_test:  # the training data may be gone by then
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, train_dir=()))
+    found = _manifests(config, mistakes)
+    config = _with_vocabulary(config, found)
+    if weights is not None:
+        mistakes += _tokenizer_mistakes(config, weights, found)
     mistakes += [*config_mistakes(config, parsed.explicit), *machine_mistakes(config)]
     if mistakes:
         raise UserError(list(dict.fromkeys(mistakes)))
-    if source is not None and not config.run.do_test:
+    if source is not None and weights is None and not config.run.do_test:
         _say(f"resuming after step {state.step} of {config.run.train_steps} from {source}")
     return Start(config, source)
 
 
+def _with_model_of(
+    weights: Path,
+    parsed: cli.Parsed[Config],
+    config_type: type[Config],
+    argv: list[str],
+    description: str,
+    mistakes: list[str],
+) -> cli.Parsed[Config]:
+    """The command's configuration with the model of a Hugging Face folder; notes the flags that contradict it."""
+    name = str(parsed.config.run.from_checkpoint)
+    try:
+        checkpoint.read_weights(weights)  # nothing is copied yet: a file that is none shows before anything slow
+        theirs = checkpoint.read_model_config(weights)
+        base = dataclasses.replace(config_type(), model=theirs)
+        parsed = cli.parse(config_type, argv, description, base=base, mistakes=[])
+        mistakes += _model_conflicts(parsed.config, base, name, ("seq_length", "vocab_size", "vocab_padding"))
+        model = pretrained.fitted(parsed.config.model, theirs, parsed.explicit, name)
+    except UserError as error:
+        mistakes += [
+            f"--from-checkpoint: {mistake}" if str(weights) in mistake else mistake for mistake in error.mistakes
+        ]
+        return parsed
+    return dataclasses.replace(parsed, config=dataclasses.replace(parsed.config, model=model))
+
+
+def _tokenizer_mistakes(config: PretrainConfig, weights: Path, found: list[tuple[str, Manifest]]) -> list[str]:
+    try:
+        known = checkpoint.read_model_config(weights).vocabulary
+        name = f"--from-checkpoint {config.run.from_checkpoint}"
+        return pretrained.tokenizer_mistakes(weights, known, found, name)
+    except UserError as error:  # the checkpoint's own tokenizer, or its configuration, can't be read
+        return [mistake.replace("--tokenizer", "--from-checkpoint", 1) for mistake in error.mistakes]
+
+
 def _checkpoint_to_continue(parsed: cli.Parsed[Config]) -> Path | None:
-    """The checkpoint that --resume, --from-checkpoint or --do-test asks for; None for a new run."""
+    """The checkpoint, or weights, that --resume, --from-checkpoint or --do-test asks for; None for a run from scratch."""
     run = parsed.config.run
     if mistakes := _address_mistakes(run):
         raise UserError(mistakes)
@@ -79,13 +122,18 @@ def _checkpoint_to_continue(parsed: cli.Parsed[Config]) -> Path | None:
             raise UserError(
                 "--resume must takes the newest checkpoint of --checkpoints-dir, --from-checkpoint a given one; use one of them"
             )
+        continues = run.resume == "auto" and not run.do_test
+        if continues and not Path(run.from_checkpoint).is_dir():  # a run that is under way needs the hub no more
+            newest = newest_checkpoint(folder, run.remote_dir, _say)
+            if newest is not None and _began_with(newest, run.from_checkpoint):
+                return newest
         try:
-            given = checkpoint.resolve(run.from_checkpoint, _say, for_resume=True)
+            given = pretrained.find(run.from_checkpoint, _say, for_resume=True)
         except UserError as error:
             raise UserError([f"--from-checkpoint {mistake}" for mistake in error.mistakes]) from error
         newest = None
-        if run.resume == "auto" and not run.do_test:
-            own = folder if "checkpoints_dir" in parsed.explicit else given.parent
+        if continues:
+            own = folder if "checkpoints_dir" in parsed.explicit or not checkpoint.has_state(given) else given.parent
             newest = newest_checkpoint(own, run.remote_dir, _say)
         return newest if newest is not None and _began_with(newest, run.from_checkpoint) else given
     if run.resume == "never" and not run.do_test:
@@ -105,7 +153,9 @@ def _began_with(newest: Path, from_checkpoint: str) -> bool:
 
 def _is_own(config: PretrainConfig, source: Path | None) -> bool:
     """Whether the run continues what is in its folder, and is no new one."""
-    return source is not None and source.parent.resolve() == Path(config.run.checkpoints_dir).resolve()
+    if source is None or not checkpoint.has_state(source):
+        return False
+    return source.parent.resolve() == Path(config.run.checkpoints_dir).resolve()
 
 
 def _folder_mistakes(config: PretrainConfig, source: Path | None) -> list[str]:
@@ -178,16 +228,16 @@ def _with_remote_dir(parsed: cli.Parsed[Config], source: Path) -> Config:
     return dataclasses.replace(parsed.config, run=dataclasses.replace(parsed.config.run, remote_dir=None))
 
 
-def _model_conflicts(config: PretrainConfig, saved: PretrainConfig, source: Path) -> list[str]:
-    """One sentence for each model option that differs from the checkpoint's."""
-    same = {"dropout"}  # not a property of the weights
+def _model_conflicts(config: PretrainConfig, saved: PretrainConfig, name: str, free: Sequence[str] = ()) -> list[str]:
+    """One sentence for each model option that differs from the checkpoint's; those that may are `free`."""
+    same = {"dropout", *free}  # dropout is not a property of the weights
     # Defaults, spelled out.
     if config.model.hidden_dim == saved.model.hidden_dim:
         same.add("d_ff")
     if config.model.kv_heads == saved.model.kv_heads:
         same.add("num_kv_heads")
     return [
-        f"--{field.name.replace('_', '-')} {_shown(ours)} conflicts with {source.name}, which has {_shown(theirs)}; "
+        f"--{field.name.replace('_', '-')} {_shown(ours)} conflicts with {name}, which has {_shown(theirs)}; "
         "leave the flag out"
         for field in dataclasses.fields(saved.model)
         if (ours := getattr(config.model, field.name)) != (theirs := getattr(saved.model, field.name))
@@ -211,10 +261,8 @@ def _shown(value: object) -> str:
     return "the default" if value is None else str(value)
 
 
-def _with_vocabulary(config: Config, mistakes: list[str]) -> Config:
-    """Read all manifests, note what is wrong with them, and take the vocabulary size from the tokenizer if none is given."""
-    if config.run.do_test:  # the training data may be gone by then
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, train_dir=()))
+def _manifests(config: PretrainConfig, mistakes: list[str]) -> list[tuple[str, Manifest]]:
+    """All manifests, each with the flag and folder that it belongs to; notes what is wrong with them."""
     found: list[tuple[str, Manifest]] = []
     for flag, folder in _data_folders(config, mistakes):
         try:
@@ -229,6 +277,11 @@ def _with_vocabulary(config: Config, mistakes: list[str]) -> Config:
             f"{' and '.join(folders)} were prepared with different tokenizers: {' and '.join(map(str, names))}; "
             "prepare them with one"
         )
+    return found
+
+
+def _with_vocabulary(config: Config, found: list[tuple[str, Manifest]]) -> Config:
+    """The configuration with the vocabulary size of the data's tokenizer, if none is given."""
     if config.model.vocab_size is not None:
         return config
     sizes = [m.vocab_size for _, m in found if m.vocab_size]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from gpt2_xla import hf
+from gpt2_xla.checkpoint import has_state
 from gpt2_xla.config import ModelConfig, PretrainConfig
 from gpt2_xla.data.pretraining import PretrainingData
 from gpt2_xla.data.training_set import TrainingSet
@@ -12,7 +13,7 @@ from gpt2_xla.model import flops_per_token
 def summary(
     config: PretrainConfig, data: PretrainingData, parameters: int, machine: str, step: int, source: Path | None
 ) -> str:
-    """Model, data, schedule, machine and cost of a run at `step`, continued from checkpoint `source`, in words."""
+    """Model, data, schedule, machine and cost of a run at `step`, begun with the checkpoint or weights `source`, in words."""
     model, optim, run = config.model, config.optim, config.run
     flops = flops_per_token(model)
     tokens = config.batch_sizes.before(run.train_steps) * model.seq_length
@@ -45,7 +46,7 @@ def summary(
     if data.train is not None and len(data.train.sources) > 1:
         rows.insert(6, ("mixture", _mixture(data.train)))
     if source is not None:
-        rows.append(("checkpoint", str(source)))
+        rows.append(("checkpoint" if has_state(source) else "weights of", str(source)))
     return "\n".join(f"  {name:<11} {text}" for name, text in rows)
 
 

@@ -149,6 +149,15 @@ class TiktokenTokenizer:
         tokens = {token: self._encoding.encode_single_token(token) for token in self._encoding.token_byte_values()}
         return dict(sorted(tokens.items(), key=lambda item: item[1]))
 
+    def special_tokens(self) -> dict[str, int]:
+        """The special tokens, which no text can contain, and their ids."""
+        return {name: self._encoding.encode_single_token(name) for name in self._encoding.special_tokens_set}
+
+    @property
+    def pattern(self) -> str:
+        """The regular expression that cuts a text into the pieces that are encoded each on its own."""
+        return str(self._encoding._pat_str)  # private, checked on 0.14
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.decode_bytes(ids).decode(errors="replace")
 
@@ -227,7 +236,7 @@ class HuggingFaceTokenizer:
         """Byte-level vocabularies spell each byte as one printable character; None for other vocabularies."""
         decoder = json.loads(self._json).get("decoder") or {}
         kinds = [decoder.get("type")] + [part.get("type") for part in decoder.get("decoders", [])]
-        return _byte_alphabet() if "ByteLevel" in kinds else None
+        return byte_alphabet() if "ByteLevel" in kinds else None
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(replace_surrogates(text), add_special_tokens=False).ids
@@ -272,7 +281,7 @@ def _configured_end_of_text(file: Path) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """GPT-2's spelling of bytes: printable Latin-1 stands for itself, the other bytes for U+0100 onwards, in order."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]

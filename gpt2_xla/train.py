@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from gpt2_xla import optim
+from gpt2_xla.checkpoint import has_state
 from gpt2_xla.config import PretrainConfig
 from gpt2_xla.data.pretraining import PretrainingData
 from gpt2_xla.errors import UserError
-from gpt2_xla.evaluate import evaluate
+from gpt2_xla.evaluate import Evaluation, bits_per_byte, evaluate, perplexity
 from gpt2_xla.ledger import Ledger, open_ledger
+from gpt2_xla.loading import load
 from gpt2_xla.metrics import Metrics, open_metrics
 from gpt2_xla.model import GPT, build_model, flops_per_token, parameter_count
 from gpt2_xla.profiling import StepProfile
@@ -58,7 +60,7 @@ class Run:
 
 
 def pretrain(config: PretrainConfig, runtime: Runtime, source: Path | None = None) -> None:
-    """Train as configured, from the start or from the checkpoint `source`; or evaluate only (--do-test).
+    """Train as configured, from the start or from the checkpoint or weights `source`; or evaluate only (--do-test).
 
     Raises `UserError` for data that does not fit the configuration.
     """
@@ -94,20 +96,27 @@ def start_run(
     source: Path | None = None,
     phases: Phases | None = None,
 ) -> tuple[Run, str | None]:
-    """Build model and optimizer, restore the checkpoint if there is one, print the summary; the run and its W&B id."""
+    """Build model and optimizer, restore what there is to restore, print the summary; the run and its W&B id.
+
+    A `source` with a trainer's state is a checkpoint that the run continues, one without only its first weights.
+    """
     prompt = sample_prompt(config, data)
     model = build_model(config.model, config.runtime.loss_chunk, config.run.seed, config.runtime.vocab_multiple)
     forward = runtime.place(model)
     run = Run(config, runtime, data, model, forward, runtime.build_optimizer(model, config.optim))
-    run.phases, run.source, run.sample_prompt = phases or run.phases, source, prompt
-    wandb_id = restore(run, source) if source else None
+    resumed = source if source is not None and has_state(source) else None
+    run.phases, run.source, run.sample_prompt = phases or run.phases, resumed, prompt
+    wandb_id = restore(run, resumed) if resumed else None
+    if source is not None and resumed is None:
+        load(model, source)
+        runtime.end_step()
     if not runtime.agree_on(run.step):
         raise UserError(
             f"rank {runtime.rank} begins after step {run.step}, others after another one: all hosts must see the same "
             f"--checkpoints-dir {config.run.checkpoints_dir}"
         )
     if runtime.rank == 0:
-        for difference in changed_order(run, source) if source and not config.run.do_test else ():
+        for difference in changed_order(run, resumed) if resumed and not config.run.do_test else ():
             print(
                 f"note: {difference}; from step {run.step} on the run sees other batches than it would have", flush=True
             )
@@ -236,14 +245,10 @@ def first_validation(run: Run) -> bool:
 
 def validate(run: Run) -> float | None:
     """Validation loss now; recorded, and remembered if it is the best. None, and no record, if a stop came before the end."""
-
-    def go_on() -> bool:
-        run.phases.mark("eval", run.step)
-        return not run.runtime.should_stop()
-
-    loss = evaluate(run.forward, run.data.evaluation(), run.runtime, go_on)
-    if loss is None:
+    found = evaluate_now(run)
+    if found is None:
         return None
+    loss = found.loss
     best = loss < run.best_valid_loss
     if best:
         run.best_valid_loss = loss
@@ -252,13 +257,28 @@ def validate(run: Run) -> float | None:
     return loss
 
 
+def evaluate_now(run: Run) -> Evaluation | None:
+    """What the model makes of the validation data; None if a stop came before the end."""
+
+    def go_on() -> bool:
+        run.phases.mark("eval", run.step)
+        return not run.runtime.should_stop()
+
+    return evaluate(run.forward, run.data.evaluation(), run.runtime, run.data.evaluated_tokens(), go_on)
+
+
 def test(run: Run) -> None:
-    """Print the validation loss (--do-test)."""
-    loss = validate(run)
-    if loss is None:
+    """Print what the model makes of the validation data (--do-test)."""
+    found = evaluate_now(run)
+    if found is None:
         raise UserError("stopped before all of --valid-dir was evaluated")
     if run.runtime.rank == 0:
-        print(f"{run.step} steps trained: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
+        text = f"validation loss {found.loss:.4f}, perplexity {found.perplexity:.2f}"
+        if found.standard_error is not None:
+            text += f", standard error of the loss {found.standard_error:.4f}"
+        if run.data.valid_manifest is not None and (bits := bits_per_byte(found.loss, run.data.valid_manifest)):
+            text += f", {bits:.4f} bits per byte"
+        print(f"{run.step} steps trained: {text}, {found.tokens:,} tokens")
 
 
 def stop(run: Run) -> None:
@@ -270,11 +290,6 @@ def stop(run: Run) -> None:
         run.saver.save(run, None)
     run.saver.finish(run)
     run.metrics.say(f"stopped at step {run.step} of {run.config.run.train_steps}; the same command continues")
-
-
-def perplexity(loss: float) -> float:
-    """e to the loss in nats; no more than a float can hold."""
-    return math.exp(min(loss, 700.0))
 
 
 def _batches(run: Run) -> Generator[Tensor, None, None]:

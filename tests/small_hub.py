@@ -1,4 +1,4 @@
-"""A local HTTP server that answers like the Hugging Face hub for one dataset, from files in memory."""
+"""A local HTTP server that answers like the Hugging Face hub for one dataset or model, from files in memory."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 def handler_for(
-    repo: str, files: dict[str, bytes], asked: list[str], on_download: Callable[[str], None]
+    repo: str, files: dict[str, bytes], asked: list[str], on_download: Callable[[str], None], kind: str
 ) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -54,7 +54,10 @@ def handler_for(
             url = urlsplit(self.path)
             path = unquote(url.path)
             asked.append(f"{self.command} {path}")
-            api, resolve = f"/api/datasets/{repo}", f"/datasets/{repo}/resolve/"
+            api, resolve = (
+                f"/api/{kind}/{repo}",
+                f"/{repo}/resolve/" if kind == "models" else f"/{kind}/{repo}/resolve/",
+            )
             if path in (api, f"{api}/revision/main", f"{api}/revision/{REVISION}"):
                 siblings = [{"rfilename": name} for name in files]
                 info = {"id": repo, "sha": REVISION, "siblings": siblings, "tags": [], "private": False, "gated": False}
@@ -96,7 +99,7 @@ def handler_for(
             path = unquote(urlsplit(self.path).path)
             asked.append(f"POST {path}")
             body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
-            if path.startswith(f"/api/datasets/{repo}/paths-info/"):
+            if path.startswith(f"/api/{kind}/{repo}/paths-info/"):
                 if self.headers.get("Content-Type", "").startswith("application/json"):
                     names = json.loads(body)["paths"]
                 else:
@@ -114,11 +117,11 @@ def handler_for(
 
 @contextmanager
 def small_hub(
-    repo: str, files: dict[str, bytes], on_download: Callable[[str], None] = lambda name: None
+    repo: str, files: dict[str, bytes], on_download: Callable[[str], None] = lambda name: None, kind: str = "datasets"
 ) -> Iterator[tuple[str, list[str]]]:
     """The server's address, and the growing list of what it was asked. `on_download` is called before a file is sent whole."""
     asked: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler_for(repo, files, asked, on_download))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler_for(repo, files, asked, on_download, kind))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

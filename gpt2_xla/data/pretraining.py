@@ -8,7 +8,13 @@ from torch import Tensor
 
 from gpt2_xla.config import PretrainConfig
 from gpt2_xla.data import manifest as manifests
-from gpt2_xla.data.loader import TokenWindows, evaluation_batches, training_batches, valid_data_mistakes
+from gpt2_xla.data.loader import (
+    TokenWindows,
+    evaluation_batches,
+    predicted_tokens,
+    training_batches,
+    valid_data_mistakes,
+)
 from gpt2_xla.data.manifest import Manifest
 from gpt2_xla.data.train_dirs import parse_train_dirs
 from gpt2_xla.data.training_set import TrainingSet, TrainingSource
@@ -29,6 +35,7 @@ class PretrainingData:
     world_size: int
     train: TrainingSet | None
     valid: TokenWindows | None
+    valid_manifest: Manifest | None
     manifest: Manifest  # what the folders say of the tokenizer: that of the first one that names its tokenizer
     fingerprint: str  # of all that decides the training batches; of the validation data where there is only that
     checked: str  # how the shards were checked, for the summary
@@ -55,7 +62,7 @@ class PretrainingData:
         ]
         valid = open_folder(Path(config.data.valid_dir)) if config.data.valid_dir is not None else None
         train = TrainingSet(sources) if sources and len(sources) == len(dirs) else None
-        vocabulary = config.model.vocabulary
+        vocabulary = config.model.tokens_known
         if train is not None:
             mistakes += train.mistakes(config.data.train_batch_size, vocabulary)
         if valid is not None:
@@ -69,6 +76,7 @@ class PretrainingData:
             world_size,
             train,
             valid.windows if valid is not None else None,
+            valid.manifest if valid is not None else None,
             manifest=next((one.manifest for one in opened if one.manifest.tokenizer_hash), opened[0].manifest),
             fingerprint=train.fingerprint if train is not None else opened[0].manifest.fingerprint,
             checked="sha256 checked" if all_full else "lengths checked",
@@ -88,7 +96,7 @@ class PretrainingData:
                 batch_size=self.config.data.train_batch_size,
                 rank=self.rank,
                 world_size=self.world_size,
-                vocab_size=self.config.model.vocabulary,
+                vocab_size=self.config.model.tokens_known,
             )
             first_sample += count * micro_steps * self.config.data.train_batch_size
 
@@ -101,8 +109,13 @@ class PretrainingData:
             batch_size=self.config.data.eval_batch_size,
             rank=self.rank,
             world_size=self.world_size,
-            vocab_size=self.config.model.vocabulary,
+            vocab_size=self.config.model.tokens_known,
         )
+
+    def evaluated_tokens(self) -> int:
+        """The tokens that `evaluation` asks the model for, over all replicas."""
+        assert self.valid is not None
+        return predicted_tokens(self.valid, self.config.data.eval_batch_size, self.config.run.valid_steps)
 
     def check_tokenizer(self, name: str | None, tokenizer_hash: str | None) -> None:
         """Raise `UserError` if a checkpoint was trained on tokens of another tokenizer."""
