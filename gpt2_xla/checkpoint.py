@@ -37,7 +37,8 @@ CONFIG, MODEL = "config.json", "model.safetensors"
 OPTIMIZER, STATE = "trainer_state/optimizer.safetensors", "trainer_state/state.json"
 # What config.json and state.json must agree on: all but the dropout, which is no property of the weights.
 MODEL_OF_A_CHECKPOINT = sorted(
-    {field.name for field in dataclasses.fields(ModelConfig)} - {"vocab_size", "vocab_padding", "d_ff", "num_kv_heads", "dropout"}
+    {field.name for field in dataclasses.fields(ModelConfig)}
+    - {"vocab_size", "vocab_padding", "d_ff", "num_kv_heads", "dropout"}
     | {"tokens_known", "hidden_dim", "kv_heads"}
 )
 Kept = TypeVar("Kept")
