@@ -37,7 +37,7 @@ class BatchSizes:
         for number in range(self._stage(first), len(self.stages)):
             start, micro_steps = self.stages[number]
             stop = self.stages[number + 1][0] if number + 1 < len(self.stages) else end
-            if count := min(stop, end) - max(start, first):
+            if (count := min(stop, end) - max(start, first)) > 0:
                 yield count, micro_steps
             if stop >= end:
                 return
