@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gpt2_xla.errors import UserError
 from gpt2_xla.kv_cache import KVCache
 from gpt2_xla.model import GPT
-from gpt2_xla.sampling import Sampling, choose
+from gpt2_xla.sampling import Sampling, choose, gumbel_noise
 
 SMALLEST_BUCKET = 16  # tokens
 Finish = Literal["end_of_text", "length"]
@@ -153,8 +153,10 @@ def generate(
     for count in range(1, max_new_tokens + 1):
         if logits[active].isnan().any():
             raise UserError("the model's logits are not numbers (NaN): the training that made it has diverged")
-        chance = torch.cat([torch.rand(1, dtype=torch.float64, generator=generators[row]) for row in active])
-        drawn = choose(logits[active], sampling, chance, seen[active] if seen is not None else None).tolist()
+        noise = None
+        if sampling.temperature > 0:
+            noise = torch.stack([gumbel_noise(logits.shape[1], generators[row]) for row in active])
+        drawn = choose(logits[active], sampling, noise, seen[active] if seen is not None else None).tolist()
         tokens: list[int | None] = [None] * len(prompts)
         for row, token in zip(active, drawn, strict=True):
             if token == end_of_text:

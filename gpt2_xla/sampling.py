@@ -1,4 +1,4 @@
-"""Logits → the next token. Pure functions: chance comes in as a number between 0 and 1 for each row."""
+"""Logits → the next token. Pure functions: chance comes in as noise."""
 
 import math
 from dataclasses import dataclass
@@ -74,15 +74,18 @@ def filtered(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> 
     return keep_min_p(keep_top_p(logits, sampling.top_p), sampling.min_p)
 
 
-def choose(logits: Tensor, sampling: Sampling, chance: Tensor, seen: Tensor | None = None) -> Tensor:
-    """The next token of each row, (B,): the place where `chance` (B,), float64 in [0, 1), falls in the cumulated probabilities.
+def gumbel_noise(size: int, generator: torch.Generator) -> Tensor:
+    """Gumbel-distributed numbers (V,), float64: whose sum with logits is the largest is drawn from their softmax."""
+    return -torch.empty(size, dtype=torch.float64).exponential_(generator=generator).clamp_min_(1e-300).log_()
 
-    Logits are float32 (B, V); a row's token depends on nothing of the other rows.
+
+def choose(logits: Tensor, sampling: Sampling, noise: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
+    """The next token of each row, (B,), from float32 logits (B, V) and Gumbel noise (B, V); without noise the most likely.
+
+    A row's token depends on nothing of the other rows. Rounding of the logits moves a choice only where two sums are as
+    close as that, whereas a place among cumulated probabilities would move with every logit before it.
     """
     logits = filtered(logits, sampling, seen)
-    if sampling.temperature == 0:
+    if sampling.temperature == 0 or noise is None:
         return logits.argmax(dim=-1)
-    total = logits.double().softmax(dim=-1).cumsum(dim=-1)  # (B, V); float32 sums would be off by 1e-5 in 50,000 tokens
-    # Below the whole sum even where it is rounded up, so that no token of probability 0 is taken.
-    place = torch.minimum(chance * total[:, -1], total[:, -1].nextafter(torch.zeros(())))
-    return torch.searchsorted(total, place.unsqueeze(-1), right=True).squeeze(-1)
+    return (logits.double() + noise).argmax(dim=-1)

@@ -1,7 +1,6 @@
 """Samplers against brute-force references and transformers' own."""
 
 import math
-from fractions import Fraction
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from gpt2_xla.sampling import (
     Sampling,
     choose,
     filtered,
+    gumbel_noise,
     keep_min_p,
     keep_top_k,
     keep_top_p,
@@ -22,7 +22,6 @@ torch.set_num_threads(1)  # on a busy machine, threads that share tiny matrices 
 
 # Quarters give many ties; the range reaches probabilities that vanish in float32.
 LOGITS = st.lists(st.integers(-160, 160).map(lambda n: n / 4), min_size=1, max_size=20)
-CHANCE = st.floats(0, 1, exclude_max=True)
 
 
 def kept(logits: torch.Tensor) -> set[int]:
@@ -115,49 +114,48 @@ def test_filters_work_on_each_row_by_itself():
     assert keep_min_p(rows, 0.5).isfinite().tolist() == [[False, False, True], [True, False, False]]
 
 
-@given(LOGITS, CHANCE)
-@settings(deadline=None)
-def test_a_token_is_chosen_where_the_chance_falls_in_the_cumulated_probabilities(values, chance):
-    weights = [Fraction(math.exp(v - max(values))) for v in values]
-    place, reached, expected = Fraction(chance) * sum(weights), Fraction(0), 0
-    for token, weight in enumerate(weights):
-        reached += weight
-        if abs(reached - place) < Fraction(1, 10**6) * sum(weights):
-            return  # rounding may fall on either side
-        if reached > place:
-            expected = token
-            break
-    assert int(choose(torch.tensor([values]), Sampling(), torch.tensor([chance], dtype=torch.float64))) == expected
+def noise(seed: int, rows: int, size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([gumbel_noise(size, generator) for _ in range(rows)])
 
 
-@given(
-    LOGITS, st.floats(0.01, 5), st.integers(0, 25), st.floats(0, 1), st.floats(0, 1), st.one_of(CHANCE, st.just(0.0))
-)
+@given(LOGITS, st.floats(0.01, 5), st.integers(0, 25), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**32))
 @settings(deadline=None)
-def test_a_choice_is_allowed_by_every_filter(values, temperature, k, top_p, min_p, chance):
-    largest = math.nextafter(1, 0)
+def test_a_choice_is_the_largest_noisy_logit_that_every_filter_allows(values, temperature, k, top_p, min_p, seed):
     sampling = Sampling(temperature=temperature, top_k=k, top_p=top_p, min_p=min_p)
     shifted = (torch.tensor(values) - max(values)) / temperature
     allowed = kept(keep_min_p(keep_top_p(keep_top_k(shifted, k), top_p), min_p))
-    for one in (chance, largest):
-        assert int(choose(torch.tensor([values]), sampling, torch.tensor([one], dtype=torch.float64))) in allowed
+    added = noise(seed, 1, len(values))
+    expected = max(sorted(allowed), key=lambda token: float(shifted[token].double() + added[0, token]))
+    assert int(choose(torch.tensor([values]), sampling, added)) == expected
 
 
-def test_what_cannot_be_is_not_chosen_at_the_ends_of_chance():
-    logits = torch.tensor([[-math.inf, 1.0, 1.0, 1.0, -math.inf]]).expand(2, 5)
-    ends = torch.tensor([0.0, math.nextafter(1, 0)], dtype=torch.float64)
-    assert choose(logits, Sampling(), ends).tolist() == [1, 3]
+def test_what_cannot_be_is_not_chosen_whatever_the_noise():
+    logits = torch.tensor([[-math.inf, 1.0, 1.0, -math.inf]])
+    extreme = torch.tensor([[700.0, -700.0, -690.0, 700.0]], dtype=torch.float64)
+    assert choose(logits, Sampling(), extreme).tolist() == [2]
+    assert noise(0, 20, 50_000).isfinite().all()
 
 
-def test_frequencies_follow_the_tempered_probabilities():
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    chance = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    draws = choose(logits.expand(20_000, 4), Sampling(temperature=2.0), chance)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_frequencies_follow_the_tempered_probabilities(temperature):
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -math.inf])
+    draws = choose(logits.expand(20_000, 5), Sampling(temperature=temperature), noise(0, 20_000, 5))
     # Four standard deviations of a binomial are 0.014 at most.
-    torch.testing.assert_close(draws.bincount(minlength=4) / 20_000, (logits / 2).softmax(0), rtol=0, atol=0.014)
+    torch.testing.assert_close(
+        draws.bincount(minlength=5) / 20_000, (logits / temperature).softmax(0), rtol=0, atol=0.014
+    )
+
+
+def test_rounding_of_all_logits_moves_hardly_a_choice():
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(50, 50_000, generator=generator)  # every token is unlikely: each place in a sum would move
+    rounded = logits + 3e-6 * torch.randn(50, 50_000, generator=generator)
+    added = noise(2, 50, 50_000)
+    assert torch.equal(choose(logits, Sampling(), added), choose(rounded, Sampling(), added))
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=1e-30), Sampling(top_p=0.0)])
 def test_no_temperature_and_no_nucleus_take_the_most_likely_token(sampling):
     logits = torch.tensor([[1.0, 5.0, 4.9], [3.0, -2.0, 0.0]])
-    assert choose(logits, sampling, torch.tensor([0.9, 0.9], dtype=torch.float64)).tolist() == [1, 0]
+    assert choose(logits, sampling, noise(0, 2, 3)).tolist() == [1, 0]
