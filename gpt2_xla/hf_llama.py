@@ -76,7 +76,6 @@ def architecture(config: ModelConfig) -> str:
 
 def to_hugging_face(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """See `hf.to_hugging_face`; q, k and v are views of our one matrix."""
-    heads = (config.num_heads, config.kv_heads, config.kv_heads)
     theirs = {}
     for name, value in weights.items():
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
@@ -85,7 +84,7 @@ def to_hugging_face(weights: dict[str, Tensor], config: ModelConfig) -> dict[str
         if block is None:
             theirs[OUTER[name]] = value
         elif block[2] == "attn.c_attn.weight":
-            parts = value.split([count * config.head_dim for count in heads])
+            parts = value.split(_qkv_rows(config))
             theirs |= {f"model.layers.{block[1]}.{part}": own for part, own in zip(QKV, parts, strict=True)}
         else:
             theirs[f"model.layers.{block[1]}.{INNER[block[2]]}"] = value
@@ -112,18 +111,25 @@ def from_hugging_face(weights: dict[str, Tensor], config: ModelConfig) -> dict[s
             unknown.append(name)
     if unknown:
         raise UserError(f"these weights are no part of a {architecture(config)}: {named_strangers(unknown)}")
-    return ours | {f"blocks.{layer}.attn.c_attn.weight": _fused(layer, parts) for layer, parts in qkv.items()}
+    return ours | {f"blocks.{layer}.attn.c_attn.weight": _fused(layer, parts, config) for layer, parts in qkv.items()}
 
 
-def _fused(layer: int, parts: dict[str, Tensor]) -> Tensor:
+def _fused(layer: int, parts: dict[str, Tensor], config: ModelConfig) -> Tensor:
     """The matrices of queries, keys and values in one: (H D, C), (Hkv D, C), (Hkv D, C) -> ((H + 2 Hkv) D, C)."""
-    if missing := [name for name in QKV if name not in parts]:
-        raise UserError(f"weight model.layers.{layer}.{missing[0]} is missing")
-    matrices = [parts[name] for name in QKV]
-    if any(matrix.dim() != 2 or matrix.shape[1] != matrices[0].shape[1] for matrix in matrices):
-        shapes = ", ".join(" x ".join(map(str, matrix.shape)) or "scalar" for matrix in matrices)
-        raise UserError(f"q_proj, k_proj and v_proj of model.layers.{layer} do not fit together: {shapes}")
-    return torch.cat(matrices)
+    mistakes = []
+    for name, rows in zip(QKV, _qkv_rows(config), strict=True):
+        shape = tuple(parts[name].shape) if name in parts else None
+        if shape != (rows, config.d_model):
+            expected, got = f"{rows} x {config.d_model}", " x ".join(map(str, shape)) if shape else "missing"
+            mistakes.append(f"weight model.layers.{layer}.{name} is {got}; the model's is {expected}")
+    if mistakes:
+        raise UserError(mistakes)
+    return torch.cat([parts[name] for name in QKV])
+
+
+def _qkv_rows(config: ModelConfig) -> list[int]:
+    """Rows of the matrices of queries, keys and values."""
+    return [heads * config.head_dim for heads in (config.num_heads, config.kv_heads, config.kv_heads)]
 
 
 def hugging_face_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]:

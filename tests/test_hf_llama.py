@@ -181,8 +181,14 @@ def test_weights_that_do_not_fit_are_named():
     assert hf.from_hugging_face(theirs, config).keys() == dict(GPT(config).named_parameters()).keys()
     with pytest.raises(UserError, match=r"no part of a LlamaForCausalLM: model.layers.0.self_attn.q_proj.bias"):
         hf.from_hugging_face(theirs | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, config)
-    with pytest.raises(UserError, match=r"do not fit together: 32 x 32, 32 x 31, 32 x 32"):
+    with pytest.raises(UserError, match=r"layers.1.self_attn.k_proj.weight is 32 x 31; the model's is 32 x 32"):
         hf.from_hugging_face(theirs | {"model.layers.1.self_attn.k_proj.weight": torch.ones(32, 31)}, config)
+    # As many rows in all, but not the same ones.
+    moved = {"q_proj": torch.ones(33, 32), "v_proj": torch.ones(31, 32)}
+    with pytest.raises(UserError, match=r"q_proj.weight is 33 x 32; .*\n.*v_proj.weight is 31 x 32"):
+        hf.from_hugging_face(
+            theirs | {f"model.layers.1.self_attn.{name}.weight": value for name, value in moved.items()}, config
+        )
     del theirs["model.layers.2.self_attn.v_proj.weight"]
     with pytest.raises(UserError, match=r"model.layers.2.self_attn.v_proj.weight is missing"):
         hf.from_hugging_face(theirs, config)

@@ -32,16 +32,18 @@ def same_weights(one: GPT, other: GPT) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_every_parameter_is_in_exactly_one_group_and_matrices_alone_decay(tied):
-    model = build_model(ModelConfig(**(vars(TINY) | {"tie_weights": tied})), 0, seed=0)
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_weights": False}, {"norm": "rmsnorm", "qk_norm": True, "activation": "swiglu"}]
+)
+def test_every_parameter_is_in_exactly_one_group_and_matrices_alone_decay(changes):
+    model = build_model(ModelConfig(**(vars(TINY) | changes)), 0, seed=0)
     groups = optim.parameter_groups(list(model.parameters()), 0.1)
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted({id(p) for p in model.parameters()})  # once each, the tied weight too
     assert len(grouped) == len({id(t) for t in model.state_dict(keep_vars=True).values()})
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
-        vector = name.endswith("bias") or "ln_" in name
+        vector = name.endswith("bias") or "ln_" in name or "_norm" in name
         assert decay[id(parameter)] == (0.0 if vector else 0.1), name
 
 
