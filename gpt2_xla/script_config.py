@@ -278,6 +278,16 @@ class InspectConfig:
 
 
 @dataclass(frozen=True)
+class CompareRunsConfig:
+    """Comparing runs"""
+
+    runs: tuple[str, ...] = option(
+        (), "groups of run folders, each NAME=RUN,RUN,…; the first is what others are held against"
+    )
+    picture: str | None = option(None, "also draw the curves into this file (.png, .svg, .pdf)")
+
+
+@dataclass(frozen=True)
 class VerifyRunConfig:
     """Verifying a run's data order"""
 
