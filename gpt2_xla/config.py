@@ -97,7 +97,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "modern-124m": dict(seq_length=1024, d_model=768, num_layers=12, num_heads=6, **_MODERN),
 }
 # What some presets set beside the model's shape: fields of OptimConfig. Flags beside --preset win over these, too.
-PRESET_OPTIMIZERS: dict[str, dict[str, Any]] = {}
+PRESET_OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "modern-124m": dict(optim_type="muon", decay_method="wsd-sqrt", min_lr=0.0),
+}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from commands import (
     TINY,
     TRAIN,
+    TRAIN_XLA,
     data_flags,
     losses,
     records,
@@ -157,9 +158,18 @@ def test_a_run_interrupted_anywhere_is_bit_for_bit_and_counts_its_tokens(tmp_pat
     )
 
 
-def test_gloo_processes_and_smaller_micro_batches_give_the_losses_of_one_process(tmp_path, text_data):
-    flags = [*FLAGS, "--dropout", "0", "--warmup-steps", "50", *data_flags(text_data), "--device", "cpu"]
-    run(*TRAIN, *flags, "--checkpoints-dir", tmp_path / "one")
-    output = run(*torchrun(2), *flags, "--train-batch-size", "4", "--checkpoints-dir", tmp_path / "other")
+@pytest.mark.parametrize("command", [torchrun(2), pytest.param(TRAIN_XLA, marks=pytest.mark.xla)], ids=["gloo", "xla"])
+def test_other_runtimes_and_micro_batches_give_the_losses_of_one_process(command, tmp_path, text_data):
+    flags = [*FLAGS, "--dropout", "0", "--warmup-steps", "50", *data_flags(text_data)]
+    run(*TRAIN, *flags, "--device", "cpu", "--checkpoints-dir", tmp_path / "one")
+    smaller = ("--train-batch-size", "4", "--max-recompiles", "0")
+    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # three programs to compile
+    output = run(*command, *flags, *smaller, "--checkpoints-dir", tmp_path / "other", **quick)
     assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     assert "from step 7 on a step takes 16 sequences" in output
+    if command == TRAIN_XLA:  # each number of micro-steps once: the fourth stage's is known by then
+        compiles = [record["compiles"] for record in records(tmp_path / "other")]
+        rises = [step for step, (one, two) in enumerate(itertools.pairwise(compiles), start=2) if two > one]
+        # A record is written when the step after it has been launched, and so knows of that one's compilation.
+        assert rises == [6, 13]
+        assert ", 0 of them after warm-up" in output
