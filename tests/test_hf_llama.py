@@ -235,22 +235,16 @@ def test_a_run_says_where_it_exports_to_resumes_bit_for_bit_and_generates(
     assert capsys.readouterr().out.startswith("a")
 
 
-def test_a_resume_with_another_architecture_is_refused(tmp_path, text_data, monkeypatch, capsys):
-    flags = [*FOUR_STEPS, *data_flags(text_data), *MODERN, "--checkpoints-dir", tmp_path]
+def test_a_resume_with_another_architecture_is_refused_and_spelled_out_defaults_are_none(
+    tmp_path, text_data, monkeypatch, capsys
+):
+    to = ["--checkpoints-dir", tmp_path]
+    flags = [*FOUR_STEPS, *data_flags(text_data), "--position", "rope", "--no-bias", *to]
     assert run_here(monkeypatch, run_pretrain.main, *flags) == 0
-    other = [
-        "--position",
-        "learned",
-        "--num-kv-heads",
-        "2",
-        "--bias",
-        "--train-steps",
-        "5",
-        "--checkpoints-dir",
-        tmp_path,
-    ]
-    assert run_here(monkeypatch, run_pretrain.main, *other) == 2
+    other = ["--position", "learned", "--num-kv-heads", "1", "--bias", "--train-steps", "5"]
+    assert run_here(monkeypatch, run_pretrain.main, *other, *to) == 2
     printed = capsys.readouterr().err
     assert "--position learned conflicts with step-00000004, which has rope; leave the flag out" in printed
-    assert "--num-kv-heads 2 conflicts with step-00000004, which has 1" in printed
+    assert "--num-kv-heads 1 conflicts with step-00000004, which has the default" in printed
     assert "--bias on conflicts with step-00000004, which has off" in printed
+    assert run_here(monkeypatch, run_pretrain.main, "--num-kv-heads", "2", "--d-ff", "256", *to) == 0

@@ -191,9 +191,10 @@ def test_under_autocast_rotation_and_norms_are_float32_and_attention_gets_bf16()
     assert seen == [[(bf16, (2, 4, 12, 8)), (bf16, (2, 2, 12, 8)), (bf16, (2, 2, 12, 8))]] * 2
     assert set(norms) == {torch.float32}
     assert rotate(torch.zeros(1, 1, 2, 4, dtype=bf16), rotation_at(torch.arange(2), 4, 10.0)).dtype == torch.float32
-    # The mean square of large bf16 numbers, exactly: in bf16 it would be off by parts in a hundred.
-    x = torch.full((1, 512), 255.0, dtype=bf16)
-    torch.testing.assert_close(RMSNorm(512, 1e-5)(x), torch.ones(1, 512), rtol=1e-6, atol=0)
+    # A bf16 stream is read in bf16 and normalized in float32.
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(4)).to(bf16)
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(RMSNorm(64, 1e-5)(x).double(), exact, rtol=1e-6, atol=0)
 
 
 def test_repeated_heads_are_the_shared_ones():
