@@ -35,6 +35,8 @@ def export(config: ExportConfig) -> Path:
         mistakes += [f"--model {mistake}" for mistake in error.mistakes]
     if folder is not None:
         try:
+            if hf.counterpart(model := checkpoint.read_model_config(folder)) is None:
+                raise UserError(f"--model {config.model} can't be exported, it has {hf.exports_to(model)}")
             tokenizer = _tokenizer(config, folder)
             checkpoint.read_weights(folder)
         except UserError as error:
@@ -124,6 +126,7 @@ def model_card(
 ) -> str:
     """README.md: what the model is, how it was trained, how to load it."""
     rows = [
+        ("architecture", str(hf.counterpart(config))),
         ("parameters", f"{parameters:,}"),
         ("layers, heads, dimension", f"{config.num_layers}, {config.num_heads}, {config.d_model}"),
         ("context", f"{config.seq_length:,} tokens"),
@@ -138,7 +141,6 @@ def model_card(
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- gpt2
 - gpt2_xla
 ---
 

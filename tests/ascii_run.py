@@ -21,7 +21,8 @@ def make_run(run_dir: Path, model_config: ModelConfig = MODEL, **state) -> Path:
     with torch.no_grad():
         model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(1))
         # The final LayerNorm's bias pushes along one direction, in which only these ids lie.
-        model.ln_f.bias[0] = 50.0
+        if model.config.bias:
+            model.ln_f.bias[0] = 50.0
         model.lm_head.weight[:, 0] = -1.0
         model.lm_head.weight[32:127, 0] = 1.0
     config = to_dict(PretrainConfig(model=model_config))
