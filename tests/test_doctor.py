@@ -69,7 +69,7 @@ def test_a_machine_without_an_accelerator_is_examined_and_found_well(text_data, 
     flags = ("--train-dir", text_data / "train", "--valid-dir", text_data / "valid", "--checkpoints-dir", tmp_path)
     flags += ("--time-limit", "240")  # other tests hold the cores
     secrets = {"HF_TOKEN": "hf_do_not_tell", "WANDB_API_KEY": "nor_this"}
-    status, found, printed = doctor(*flags, timeout=280, WANDB_MODE="offline", **secrets)
+    status, found, printed = doctor(*flags, timeout=170, WANDB_MODE="offline", **secrets)
     for name in ("python", "packages", "torch_xla", "place", "environment", "train data", "valid data", "checkpoint"):
         assert found[name][0] == "ok", printed
     for name, words in (
