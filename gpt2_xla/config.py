@@ -185,7 +185,7 @@ class RunConfig:
     )
     from_checkpoint: str | None = option(
         None,
-        "begin with this checkpoint of another run; or with the weights of a Hugging Face GPT-2, a folder or a name on the hub such as gpt2-medium: a new run, whose --seq-length may be shorter and whose --vocab-size may be larger; given again, the command continues what it began",
+        "begin with this checkpoint of another run; or with the weights of a Hugging Face GPT-2, Llama or Qwen3, a folder or a name on the hub such as gpt2-medium: a new run, whose --seq-length may be shorter and whose --vocab-size may be larger; given again, the command continues what it began",
     )
     hang_timeout: float = option(
         1800.0,

@@ -3,6 +3,9 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
 class UserError(Exception):
@@ -26,6 +29,15 @@ class HangError(UserError):
     """No progress for --hang-timeout: nobody's mistake in the command, but a sentence says all there is to say too."""
 
     status = 70
+
+
+def attempt(make: Callable[[], Result], mistakes: list[str]) -> Result | None:
+    """The result, or None with the mistakes noted: so that a command can look on, and tell them all together."""
+    try:
+        return make()
+    except UserError as error:
+        mistakes += error.mistakes
+        return None
 
 
 def print_mistakes(error: UserError) -> None:

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -14,7 +13,7 @@ from gpt2_xla.config import ModelConfig, TorchConfig
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.loader import TokenWindows, evaluation_batches, predicted_tokens, valid_data_mistakes
 from gpt2_xla.data.manifest import Manifest
-from gpt2_xla.errors import UserError
+from gpt2_xla.errors import UserError, attempt
 from gpt2_xla.evaluate import bits_per_byte, evaluate
 from gpt2_xla.generation import load_model, recorded_tokenizer
 from gpt2_xla.model import parameter_count
@@ -24,7 +23,6 @@ from gpt2_xla.script_config import EvaluateConfig
 from gpt2_xla.tokenizer import Tokenizer, load_tokenizer
 
 LOSS_CHUNK = 2048  # tokens whose float32 logits are held at a time
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -68,9 +66,9 @@ def run(config: EvaluateConfig) -> None:
     """Evaluate, and print the tables; raises UserError with all mistakes together, before any weights are read."""
     torch_config = TorchConfig(device=config.device, mixed_precision=config.mixed_precision)
     mistakes = [*_option_mistakes(config), *device_mistakes(torch_config)]
-    data = _try(lambda: _open_data(str(config.data)), mistakes) if config.data is not None else None
-    questions = _try(lambda: _questions(config), mistakes) if config.task is not None else None
-    candidates = [_try(lambda name=name: _candidate(name, config, data), mistakes) for name in config.model]  # type: ignore[misc]
+    data = attempt(lambda: _open_data(str(config.data)), mistakes) if config.data is not None else None
+    questions = attempt(lambda: _questions(config), mistakes) if config.task is not None else None
+    candidates = [attempt(lambda name=name: _candidate(name, config, data), mistakes) for name in config.model]  # type: ignore[misc]
     if mistakes:
         raise UserError(list(dict.fromkeys(mistakes)))
     runtime = TorchRuntime(torch_config)
@@ -114,15 +112,6 @@ def _option_mistakes(config: EvaluateConfig) -> list[str]:
     return mistakes
 
 
-def _try(make: Callable[[], Result], mistakes: list[str]) -> Result | None:
-    """The result, or None with the mistakes noted."""
-    try:
-        return make()
-    except UserError as error:
-        mistakes += error.mistakes
-        return None
-
-
 def _open_data(name: str) -> tuple[Path, Manifest]:
     """The folder of shards that --data means, and its manifest."""
     folder = Path(name)
@@ -142,12 +131,11 @@ def _questions(config: EvaluateConfig) -> list[Question]:
 
 def _candidate(name: str, config: EvaluateConfig, data: tuple[Path, Manifest] | None) -> Candidate:
     """Find a model and check that it can be asked; raises UserError with all that is wrong."""
+    folder, mistakes = pretrained.find_model(name), []
     try:
-        folder = pretrained.find(name)
         model = checkpoint.read_model_config(folder)
     except UserError as error:
         raise UserError([f"--model {mistake}" for mistake in error.mistakes]) from error
-    mistakes = []
     if config.seq_length is not None and config.seq_length > model.seq_length:
         mistakes.append(
             f"--seq-length {config.seq_length} is more than the {model.seq_length} positions of --model {name}"
@@ -160,7 +148,7 @@ def _candidate(name: str, config: EvaluateConfig, data: tuple[Path, Manifest] | 
             mistakes += valid_data_mistakes(data[0], data[1], vocab_size=2**62, flag="--data")
     tokenizer = None
     if config.task is not None:
-        tokenizer = _try(
+        tokenizer = attempt(
             lambda: load_tokenizer(config.tokenizer) if config.tokenizer else recorded_tokenizer(folder), mistakes
         )
         if tokenizer is not None and tokenizer.vocab_size > model.tokens_known:

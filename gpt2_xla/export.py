@@ -12,7 +12,7 @@ from gpt2_xla import checkpoint, hf, pretrained, tensor_files
 from gpt2_xla.checkpoint import TrainerState
 from gpt2_xla.config import ModelConfig
 from gpt2_xla.durable_files import flush
-from gpt2_xla.errors import UserError
+from gpt2_xla.errors import UserError, attempt
 from gpt2_xla.evaluate import perplexity
 from gpt2_xla.generation import recorded_tokenizer
 from gpt2_xla.script_config import ExportConfig
@@ -28,11 +28,7 @@ def export(config: ExportConfig) -> Path:
     """Write the folder --output and return it; it appears whole or not at all. Raises UserError with all mistakes together."""
     mistakes: list[str] = []
     output = _output_folder(config, mistakes)
-    folder, tokenizer = None, None
-    try:
-        folder = pretrained.find(config.model)
-    except UserError as error:
-        mistakes += [f"--model {mistake}" for mistake in error.mistakes]
+    folder, tokenizer = attempt(lambda: pretrained.find_model(config.model), mistakes), None
     if folder is not None:
         try:
             if hf.counterpart(model := checkpoint.read_model_config(folder)) is None:

@@ -1,15 +1,13 @@
 """generate.py's work: check the options, load a checkpoint and its tokenizer, continue what was asked."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
-from gpt2_xla import checkpoint, loading
+from gpt2_xla import checkpoint, loading, pretrained
 from gpt2_xla.decoding import Machine
-from gpt2_xla.errors import UserError
+from gpt2_xla.errors import UserError, attempt
 from gpt2_xla.model import GPT
 from gpt2_xla.notes import note
 from gpt2_xla.prompts import given_prompts
@@ -19,13 +17,11 @@ from gpt2_xla.script_config import GenerateConfig
 from gpt2_xla.tokenizer import Tokenizer, load_tokenizer
 from gpt2_xla.writer import Writer
 
-Result = TypeVar("Result")
-
 
 def run(config: GenerateConfig) -> None:
     """Continue --prompt or those of --prompt-file, or each line typed; raises UserError with all mistakes together."""
     mistakes = check(config)
-    prompts = _try(lambda: given_prompts(config.prompt, config.prompt_file), mistakes)
+    prompts = attempt(lambda: given_prompts(config.prompt, config.prompt_file), mistakes)
     writer = prepare(config, mistakes)
     if prompts is not None:
         writer.write(prompts, config.seed)
@@ -48,13 +44,13 @@ def interact(writer: Writer) -> None:
 
 def prepare(config: GenerateConfig, mistakes: list[str]) -> Writer:
     """Load what the options name; raises UserError with every mistake, those found before included, before weights are read."""
-    machine = _try(lambda: open_machine(config.device), mistakes)
-    folder = _try(lambda: _resolve(config.model), mistakes)
+    machine = attempt(lambda: open_machine(config.device), mistakes)
+    folder = attempt(lambda: pretrained.find_model(config.model), mistakes)
     tokenizer = None
     if config.tokenizer is not None:
-        tokenizer = _try(lambda: load_tokenizer(str(config.tokenizer)), mistakes)
+        tokenizer = attempt(lambda: load_tokenizer(str(config.tokenizer)), mistakes)
     elif folder is not None:
-        tokenizer = _try(lambda: recorded_tokenizer(folder), mistakes)
+        tokenizer = attempt(lambda: recorded_tokenizer(folder), mistakes)
     if folder is not None and tokenizer is not None:
         mistakes += check_tokenizer(tokenizer, folder)
     if mistakes or machine is None or folder is None or tokenizer is None:
@@ -102,22 +98,6 @@ def check(config: GenerateConfig) -> list[str]:
     if config.json and config.prompt is None and config.prompt_file is None:
         wrong.append("--json needs --prompt or --prompt-file")
     return wrong
-
-
-def _try(make: Callable[[], Result], mistakes: list[str]) -> Result | None:
-    """The result, or None with the mistakes noted."""
-    try:
-        return make()
-    except UserError as error:
-        mistakes += error.mistakes
-        return None
-
-
-def _resolve(model: str) -> Path:
-    try:
-        return checkpoint.resolve(model)
-    except UserError as error:
-        raise UserError([f"--model {mistake}" for mistake in error.mistakes]) from error
 
 
 def recorded_tokenizer(folder: Path) -> Tokenizer:

@@ -15,6 +15,7 @@ from gpt2_xla import hf
 from gpt2_xla.decoding import Decoder, Machine, generate
 from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT, build_model
+from gpt2_xla.model_validation import model_mistakes
 from gpt2_xla.runtime.torch_runtime import pick_accelerator
 from gpt2_xla.sampling import Sampling
 from gpt2_xla.script_config import GenerationBenchConfig
@@ -51,6 +52,9 @@ def bench(config: GenerationBenchConfig) -> Iterator[Row]:
             f"--prompt-tokens {options.prompt_tokens} and --new-tokens {options.new_tokens} are more than --seq-length "
             f"{config.model.seq_length} together; past the context every way computes everything again"
         )
+    mistakes += model_mistakes(config.model)
+    if hf.counterpart(config.model) is None:
+        mistakes.append(f"there is nothing to compare with: {hf.exports_to(config.model)}")
     try:
         import transformers
     except ImportError:
@@ -59,8 +63,11 @@ def bench(config: GenerationBenchConfig) -> Iterator[Row]:
         raise UserError(mistakes)
     device = torch.device(pick_accelerator(options.device))
     model = build_model(config.model, 0, seed=0).eval()
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**hf.hugging_face_config(config.model, None))).eval()
-    theirs.load_state_dict(hf.to_hugging_face(dict(model.state_dict()), config.model), strict=False)
+    their_config = transformers.AutoConfig.for_model(**hf.hugging_face_config(config.model, None))
+    theirs = transformers.AutoModelForCausalLM.from_config(their_config).eval()
+    weights = hf.to_hugging_face(dict(model.state_dict()), config.model)
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert {*missing, *unexpected} <= {"lm_head.weight"}, (missing, unexpected)  # that of a tied one
     theirs.tie_weights()
     for precision in options.precisions:
         for part in (model, theirs):

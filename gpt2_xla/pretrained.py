@@ -29,11 +29,20 @@ def find(name: str, say: Callable[[str], None] | None = None, for_resume: bool =
     Of a run of ours it is the newest good checkpoint (see `checkpoint.resolve`). Raises UserError that starts with the name.
     """
     folder = Path(name)
-    if not folder.exists() and HUB_NAME.fullmatch(name):
+    in_a_folder = folder.parent != Path() and folder.parent.is_dir()  # a mistyped runs/NAME is no name on the hub
+    if not folder.exists() and not in_a_folder and HUB_NAME.fullmatch(name):
         return _with_weights(_downloaded(name), name)
     if folder.is_dir() and not checkpoint.is_ours(folder) and any((folder / file).exists() for file in _traces(folder)):
         return _with_weights(folder, name)
     return checkpoint.resolve(name, say, for_resume)
+
+
+def find_model(name: str) -> Path:
+    """The same for --model, which the sentences name."""
+    try:
+        return find(name)
+    except UserError as error:
+        raise UserError([f"--model {mistake}" for mistake in error.mistakes]) from error
 
 
 def _traces(folder: Path) -> list[str]:

@@ -95,7 +95,10 @@ class DataBenchConfig:
 class GenerateConfig:
     """Generation"""
 
-    model: str = option("runs/gpt2", "checkpoint folder, or run folder (its newest good checkpoint)")
+    model: str = option(
+        "runs/gpt2",
+        "checkpoint folder, run folder (its newest good checkpoint), Hugging Face folder, or name on the hub such as gpt2-medium",
+    )
     tokenizer: str | None = option(
         None, "bytes, a tiktoken name, or a Hugging Face tokenizer; default: the one recorded in the checkpoint"
     )
@@ -172,7 +175,7 @@ class ExportConfig:
 
     model: str = option(
         "runs/gpt2",
-        "checkpoint folder, run folder (its newest good checkpoint), or Hugging Face folder; may stand without its flag",
+        "checkpoint folder, run folder (its newest good checkpoint), Hugging Face folder, or name on the hub; may stand without its flag",
     )
     output: str | None = option(None, "folder to write, which must not exist or be empty; may stand without its flag")
     tokenizer: str | None = option(

@@ -20,6 +20,7 @@ def config_mistakes(config: PretrainConfig, explicit: Set[str] = frozenset()) ->
         *_batch_mistakes(config),
         *_schedule_mistakes(config),
         *_weight_decay_mistakes(config),
+        *_idle_mistakes(config, explicit),
         *_logging_mistakes(config),
         *_precision_mistakes(config),
         *profile_mistakes(config),
@@ -101,6 +102,7 @@ def _batch_mistakes(config: PretrainConfig) -> list[str]:
 
 def _schedule_mistakes(config: PretrainConfig) -> list[str]:
     optim = config.optim
+    after_warmup = max(config.run.train_steps - optim.warmup_steps, 0)
     mistakes = []
     if optim.min_lr > optim.learning_rate:
         mistakes.append(f"--min-lr {optim.min_lr} is above --learning-rate {optim.learning_rate}")
@@ -116,6 +118,13 @@ def _schedule_mistakes(config: PretrainConfig) -> list[str]:
         mistakes.append(
             f"--decay-steps {optim.decay_steps} is the step at which --decay-method {optim.decay_method} ends, but "
             f"--warmup-steps {optim.warmup_steps} ends no earlier; raise --decay-steps or lower --warmup-steps"
+        )
+    elif (
+        optim.decay_steps is not None and optim.decay_method in ("wsd", "wsd-sqrt") and optim.decay_steps > after_warmup
+    ):
+        mistakes.append(
+            f"--decay-steps {optim.decay_steps} is the length of the fall of --decay-method {optim.decay_method}, but "
+            f"--warmup-steps {optim.warmup_steps} leaves {after_warmup} of --train-steps {config.run.train_steps}; use no more"
         )
     return mistakes
 
@@ -134,6 +143,23 @@ def _weight_decay_mistakes(config: PretrainConfig) -> list[str]:
             f"weight away in each step; use {LARGEST_INDEPENDENT_DECAY:g} or less, such as 1e-4"
         ]
     return []
+
+
+def _idle_mistakes(config: PretrainConfig, explicit: Set[str]) -> list[str]:
+    """Options of the command that would do nothing, for want of another one."""
+    mistakes = []
+    if "muon_momentum" in explicit and config.optim.optim_type != "muon":
+        mistakes.append(
+            f"--muon-momentum {config.optim.muon_momentum:g} has no meaning with --optim-type {config.optim.optim_type}; "
+            "add --optim-type muon, or leave it out"
+        )
+    given = [name for name in ("sample_prompt", "sample_tokens") if name in explicit]
+    if given and config.logging.sample_interval == 0:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        mistakes.append(
+            f"{flags} {'has' if len(given) == 1 else 'have'} no meaning without --sample-interval; add it, such as 500"
+        )
+    return mistakes
 
 
 def _logging_mistakes(config: PretrainConfig) -> list[str]:

@@ -20,11 +20,13 @@ from small_runs import run_here
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import run_pretrain
-from gpt2_xla import checkpoint, loading, pretrained
+from gpt2_xla import checkpoint, evaluation, generation, loading, pretrained
 from gpt2_xla.config import PRESETS, ModelConfig
 from gpt2_xla.errors import UserError
+from gpt2_xla.export import export
 from gpt2_xla.generation import load_model
 from gpt2_xla.model import GPT
+from gpt2_xla.script_config import EvaluateConfig, ExportConfig, GenerateConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 # TINY without the model's own options, which the checkpoint has
@@ -233,6 +235,36 @@ def test_pickles_folders_without_weights_and_strange_names_get_a_sentence_each(s
     for name in ("gpt2-medium", "someone/some-model"):
         assert "HF_HUB_OFFLINE is set" in refusal(name)
         assert "give its local folder" in refusal(name)
+
+
+COMMANDS = {
+    "generate": lambda name: generation.run(GenerateConfig(name, prompt="x", tokenizer="bytes")),
+    "evaluate": lambda name: evaluation.run(
+        EvaluateConfig((name,), task="hellaswag", file=__file__, tokenizer="bytes")
+    ),
+    "export": lambda name: export(ExportConfig(name, None, tokenizer="bytes")),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_every_command_that_takes_a_model_finds_it_alike(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for folder in ("pickled", "runs"):
+        Path(folder).mkdir()
+    Path("pickled/config.json").write_text("{}")
+    Path("pickled/pytorch_model.bin").touch()
+
+    def refusal(name: str) -> str:
+        with pytest.raises(UserError) as caught:
+            command(name)
+        (sentence,) = [mistake for mistake in caught.value.mistakes if mistake.startswith(f"--model {name}")]
+        return sentence
+
+    assert "pytorch_model.bin alone, a pickle" in refusal("pickled")
+    assert "HF_HUB_OFFLINE is set" in refusal("gpt2-medium")
+    assert "no such folder" in refusal("runs/mistyped")  # not asked for on the hub: runs/ is here
 
 
 def test_data_of_another_tokenizer_is_refused(start, gpt2_folder, text_data, tmp_path):

@@ -192,6 +192,7 @@ def test_all_mistakes_of_options_and_data_come_together(mistakes_of, tmp_path):
     [
         ({"decay_method": "noam", "decay_steps": 5}, "has no meaning for --decay-method noam"),
         ({"decay_method": "cosine", "decay_steps": 0}, "--decay-steps 0 must be at least 1"),
+        ({"decay_method": "wsd", "decay_steps": 91}, "--warmup-steps 10 leaves 90 of --train-steps 100"),
         ({"min_lr": 1.0}, "--min-lr 1.0 is above --learning-rate 0.0006"),
     ],
 )
@@ -199,6 +200,15 @@ def test_a_schedule_that_makes_no_sense_is_refused(optim, part):
     config = PretrainConfig(run=RunConfig(train_steps=100), optim=OptimConfig(**({"warmup_steps": 10} | optim)))
     (found,) = config_mistakes(config)
     assert part in found
+
+
+def test_an_option_that_would_do_nothing_is_refused():
+    config = PretrainConfig()
+    assert config_mistakes(config) == []
+    assert config_mistakes(config, {"muon_momentum", "sample_prompt", "sample_tokens"}) == [
+        "--muon-momentum 0.95 has no meaning with --optim-type adamw; add --optim-type muon, or leave it out",
+        "--sample-prompt and --sample-tokens have no meaning without --sample-interval; add it, such as 500",
+    ]
 
 
 def test_a_queue_of_no_batches_is_refused():
