@@ -131,11 +131,7 @@ def _questions(config: EvaluateConfig) -> list[Question]:
 
 def _candidate(name: str, config: EvaluateConfig, data: tuple[Path, Manifest] | None) -> Candidate:
     """Find a model and check that it can be asked; raises UserError with all that is wrong."""
-    folder, mistakes = pretrained.find_model(name), []
-    try:
-        model = checkpoint.read_model_config(folder)
-    except UserError as error:
-        raise UserError([f"--model {mistake}" for mistake in error.mistakes]) from error
+    (folder, model), mistakes = pretrained.find_model(name), []
     if config.seq_length is not None and config.seq_length > model.seq_length:
         mistakes.append(
             f"--seq-length {config.seq_length} is more than the {model.seq_length} positions of --model {name}"

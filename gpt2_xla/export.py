@@ -28,12 +28,13 @@ def export(config: ExportConfig) -> Path:
     """Write the folder --output and return it; it appears whole or not at all. Raises UserError with all mistakes together."""
     mistakes: list[str] = []
     output = _output_folder(config, mistakes)
-    folder, tokenizer = attempt(lambda: pretrained.find_model(config.model), mistakes), None
-    if folder is not None:
+    found, tokenizer = attempt(lambda: pretrained.find_model(config.model), mistakes), None
+    folder, model = found or (None, None)
+    if folder is not None and model is not None:
         try:
-            if hf.counterpart(model := checkpoint.read_model_config(folder)) is None:
+            if hf.counterpart(model) is None:
                 raise UserError(f"--model {config.model} can't be exported, it has {hf.exports_to(model)}")
-            tokenizer = _tokenizer(config, folder)
+            tokenizer = _tokenizer(config, folder, model.tokens_known)
             checkpoint.read_weights(folder)
         except UserError as error:
             mistakes += error.mistakes
@@ -66,10 +67,9 @@ def _output_folder(config: ExportConfig, mistakes: list[str]) -> Path | None:
     return output
 
 
-def _tokenizer(config: ExportConfig, folder: Path) -> Tokenizer:
+def _tokenizer(config: ExportConfig, folder: Path, known: int) -> Tokenizer:
     """The model's tokenizer; raises UserError where none is recorded or it has more ids than the model."""
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else recorded_tokenizer(folder)
-    known = checkpoint.read_model_config(folder).tokens_known
     if tokenizer.vocab_size > known:
         raise UserError(
             f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size:,} ids, but the model of {folder} knows {known:,}; "

@@ -45,14 +45,15 @@ def interact(writer: Writer) -> None:
 def prepare(config: GenerateConfig, mistakes: list[str]) -> Writer:
     """Load what the options name; raises UserError with every mistake, those found before included, before weights are read."""
     machine = attempt(lambda: open_machine(config.device), mistakes)
-    folder = attempt(lambda: pretrained.find_model(config.model), mistakes)
+    found = attempt(lambda: pretrained.find_model(config.model), mistakes)
+    folder, model_config = found or (None, None)
     tokenizer = None
     if config.tokenizer is not None:
         tokenizer = attempt(lambda: load_tokenizer(str(config.tokenizer)), mistakes)
     elif folder is not None:
         tokenizer = attempt(lambda: recorded_tokenizer(folder), mistakes)
-    if folder is not None and tokenizer is not None:
-        mistakes += check_tokenizer(tokenizer, folder)
+    if folder is not None and model_config is not None and tokenizer is not None:
+        mistakes += check_tokenizer(tokenizer, folder, model_config.tokens_known)
     if mistakes or machine is None or folder is None or tokenizer is None:
         raise UserError(mistakes)
     model = load_model(folder, machine.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
@@ -110,15 +111,11 @@ def recorded_tokenizer(folder: Path) -> Tokenizer:
     return load_tokenizer(name)
 
 
-def check_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[str]:
+def check_tokenizer(tokenizer: Tokenizer, folder: Path, known: int) -> list[str]:
     """The mistake of a tokenizer with more ids than the model; warns of one that the model was not trained with."""
-    try:
-        vocabulary = checkpoint.read_model_config(folder).vocabulary
-    except UserError as error:
-        return list(error.mistakes)
-    if tokenizer.vocab_size > vocabulary:
+    if tokenizer.vocab_size > known:
         return [
-            f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size:,} tokens, but the model of {folder} knows {vocabulary:,}; "
+            f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size:,} tokens, but the model of {folder} knows {known:,}; "
             f"use the tokenizer that it was trained with"
         ]
     state = checkpoint.read_state(folder) if checkpoint.has_state(folder) else None

@@ -37,10 +37,11 @@ def find(name: str, say: Callable[[str], None] | None = None, for_resume: bool =
     return checkpoint.resolve(name, say, for_resume)
 
 
-def find_model(name: str) -> Path:
-    """The same for --model, which the sentences name."""
+def find_model(name: str) -> tuple[Path, ModelConfig]:
+    """The same for --model, which the sentences name; and the model that the folder's configuration tells of."""
     try:
-        return find(name)
+        folder = find(name)
+        return folder, checkpoint.read_model_config(folder)
     except UserError as error:
         raise UserError([f"--model {mistake}" for mistake in error.mistakes]) from error
 

@@ -105,9 +105,12 @@ def _with_model_of(
 def _tokenizer_mistakes(config: PretrainConfig, weights: Path, found: list[tuple[str, Manifest]]) -> list[str]:
     try:
         known = checkpoint.read_model_config(weights).vocabulary
+    except UserError:  # `_with_model_of` told of it
+        return []
+    try:
         name = f"--from-checkpoint {config.run.from_checkpoint}"
         return pretrained.tokenizer_mistakes(weights, known, found, name)
-    except UserError as error:  # the checkpoint's own tokenizer, or its configuration, can't be read
+    except UserError as error:  # the checkpoint's own tokenizer can't be read
         return [mistake.replace("--tokenizer", "--from-checkpoint", 1) for mistake in error.mistakes]
 
 
