@@ -25,6 +25,7 @@ from gpt2_xla.config import (
     XlaPretrainConfig,
     to_dict,
 )
+from gpt2_xla.model_validation import check_model
 from gpt2_xla.runtime.base import Runtime
 from gpt2_xla.script_config import BenchConfig
 
@@ -195,7 +196,8 @@ def _p90(times: list[float]) -> float:
 
 
 def bench(config: BenchConfig, say: Any) -> list[Row]:
-    """All rows that can be measured here; tells `say` why a row cannot."""
+    """All rows that can be measured here; tells `say` why a row cannot. Raises `UserError` for a model that can't be."""
+    check_model(config.model)
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -7,7 +7,7 @@ from torch import Tensor
 from gpt2_xla.cli import from_dict
 from gpt2_xla.config import ModelConfig, to_dict
 from gpt2_xla.errors import UserError
-from gpt2_xla.model_validation import model_mistakes
+from gpt2_xla.model_validation import check_model
 
 MODEL_TYPES: tuple[str, ...] = ("gpt2_xla",)
 
@@ -51,6 +51,5 @@ def model_config(hf_config: dict[str, Any]) -> ModelConfig:
     if not isinstance(saved, dict) or saved.get("vocab_size") is None:
         raise UserError("there is no 'model' with its options in it, the vocabulary size included")
     config = from_dict(ModelConfig, saved)
-    if mistakes := model_mistakes(config):
-        raise UserError(mistakes)
+    check_model(config)
     return config

@@ -3,6 +3,7 @@
 import math
 
 from gpt2_xla.config import ModelConfig
+from gpt2_xla.errors import UserError
 
 
 def model_mistakes(model: ModelConfig) -> list[str]:
@@ -32,6 +33,12 @@ def model_mistakes(model: ModelConfig) -> list[str]:
             "add --position rope, or leave it out"
         )
     return mistakes + (_head_mistakes(model) if min(at_least_one.values()) >= 1 else [])
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raise UserError with all of them."""
+    if mistakes := model_mistakes(model):
+        raise UserError(mistakes)
 
 
 def _head_mistakes(model: ModelConfig) -> list[str]:

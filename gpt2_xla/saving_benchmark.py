@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gpt2_xla.benchmark import OurLoop, write_random_tokens
 from gpt2_xla.config import DataConfig, RunConfig, TorchConfig, TorchPretrainConfig
+from gpt2_xla.model_validation import check_model
 from gpt2_xla.script_config import BenchConfig, BenchOptions, SavingBenchConfig
 
 
@@ -30,6 +31,7 @@ def bench(config: SavingBenchConfig) -> Result:
     """Measure in this process, on --device, with checkpoints below --folder that are removed afterwards."""
     from gpt2_xla.runtime.torch_runtime import TorchRuntime
 
+    check_model(config.model)
     options = config.bench
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)

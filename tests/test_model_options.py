@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from gpt2_xla import benchmark, saving_benchmark
 from gpt2_xla.config import PRESETS, ModelConfig
+from gpt2_xla.errors import UserError
 from gpt2_xla.model import (
     GPT,
     RMSNorm,
@@ -18,6 +20,7 @@ from gpt2_xla.model import (
     rotation_at,
 )
 from gpt2_xla.model_validation import model_mistakes
+from gpt2_xla.script_config import BenchConfig, SavingBenchConfig
 from gpt2_xla.tpu_plan.reference_step import make_reference
 
 SIZES = {"vocab_size": 67, "seq_length": 12, "d_model": 32, "num_layers": 2, "num_heads": 4}
@@ -256,3 +259,15 @@ def test_what_cannot_be_built_is_said_in_a_sentence(options, sentences):
     found = model_mistakes(ModelConfig(**options))
     assert len(found) == len(sentences)
     assert all(sentence in mistake for sentence, mistake in zip(sentences, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda model: benchmark.bench(BenchConfig(model), print),
+        lambda model: saving_benchmark.bench(SavingBenchConfig(model)),
+    ],
+)
+def test_benchmarks_refuse_it_too(measure):
+    with pytest.raises(UserError, match="--d-model 64 is not divisible by --num-heads 5"):
+        measure(ModelConfig(d_model=64, num_heads=5))
