@@ -20,7 +20,7 @@ def summary(
     rows = [
         (
             "model",
-            f"{model.num_layers} layers, {_heads(model)}, C {model.d_model}, T {model.seq_length}, V {model.vocabulary}",
+            f"{model.num_layers} layers, {_heads(model)}, C {model.d_model}, T {model.seq_length}, {_vocabulary(model)}",
         ),
         ("made of", _parts(model)),
         ("exports to", hf.exports_to(model)),
@@ -48,6 +48,11 @@ def summary(
     if source is not None:
         rows.append(("checkpoint" if has_state(source) else "weights of", str(source)))
     return "\n".join(f"  {name:<11} {text}" for name, text in rows)
+
+
+def _vocabulary(model: ModelConfig) -> str:
+    padding = f", {model.vocab_padding:,} of them padding" if model.vocab_padding else ""
+    return f"V {model.vocabulary}{padding}"
 
 
 def _heads(model: ModelConfig) -> str:

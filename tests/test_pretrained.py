@@ -136,6 +136,7 @@ def test_a_run_begins_with_the_weights_cuts_the_context_and_pads_the_vocabulary(
     assert "weights of" in printed
     status, printed = start(*flags, "--vocab-size", 300, "--checkpoints-dir", tmp_path / "padded")
     assert status == 0, printed
+    assert "V 300, 43 of them padding" in printed
     padded, plain = (losses(tmp_path / name) for name in ("padded", "plain"))
     assert padded == pytest.approx(plain, rel=2e-6)
     assert len(plain) == 4
