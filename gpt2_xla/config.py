@@ -215,7 +215,10 @@ class LoggingConfig:
         0, "continue --sample-prompt every N steps and log the text; 0: never. Changes nothing of the training"
     )
     sample_prompt: str = option("", "text that samples continue; empty: they start from end-of-text, as documents do")
-    sample_tokens: int = option(64, "tokens of each sample; together with the prompt's no more than --seq-length")
+    sample_tokens: int | None = option(
+        None,
+        "tokens of each sample, together with the prompt's no more than --seq-length; default: 64, or half of it if that is less",
+    )
     wandb_logging: bool = option(False, "also log to Weights & Biases")
     wandb_project: str = option("gpt2_xla", "W&B project")
     wandb_name: str | None = option(None, "W&B run name; default: the run folder's name")
@@ -318,6 +321,12 @@ class PretrainConfig:
     run: RunConfig = RunConfig()
     logging: LoggingConfig = LoggingConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+
+    @property
+    def sample_tokens(self) -> int:
+        """--sample-tokens, with the default filled in."""
+        given = self.logging.sample_tokens
+        return given if given is not None else min(64, max(1, self.model.seq_length // 2))
 
     @property
     def batch_sizes(self) -> BatchSizes:

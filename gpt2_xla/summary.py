@@ -17,7 +17,7 @@ def summary(
     model, optim, run = config.model, config.optim, config.run
     flops = flops_per_token(model)
     tokens = config.batch_sizes.before(run.train_steps) * model.seq_length
-    rows = [
+    rows: list[tuple[str, str]] = [
         (
             "model",
             f"{model.num_layers} layers, {_heads(model)}, C {model.d_model}, T {model.seq_length}, {_vocabulary(model)}",
@@ -28,10 +28,9 @@ def summary(
         ("machine", f"{machine}, {_precision(config)}"),
         ("data", f"{_tokens(data)}; {data.checked}"),
         ("tokenizer", f"{data.manifest.tokenizer or 'unknown (no manifest)'}"),
-        (
-            "batch",
-            _batch(config),
-        ),
+    ]
+    training = [
+        ("batch", _batch(config)),
         (
             "optimizer",
             f"{_optimizer(config)}, lr {optim.learning_rate:g} → {optim.min_lr:g} {optim.decay_method}, {_warmup(config)}",
@@ -44,7 +43,8 @@ def summary(
         ("run folder", run.checkpoints_dir),
     ]
     if data.train is not None and len(data.train.sources) > 1:
-        rows.insert(6, ("mixture", _mixture(data.train)))
+        rows.append(("mixture", _mixture(data.train)))
+    rows += [] if run.do_test else training
     if source is not None:
         rows.append(("checkpoint" if has_state(source) else "weights of", str(source)))
     return "\n".join(f"  {name:<11} {text}" for name, text in rows)

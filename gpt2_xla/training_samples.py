@@ -37,11 +37,11 @@ def sample_prompt(config: PretrainConfig, data: PretrainingData) -> SamplePrompt
     if not config.logging.sample_interval or config.run.do_test:
         return None
     tokenizer = data.tokenizer()
-    text, room = config.logging.sample_prompt, config.model.seq_length + 1 - config.logging.sample_tokens
+    text, room = config.logging.sample_prompt, config.model.seq_length + 1 - config.sample_tokens
     tokens = tokenizer.encode(text) or [tokenizer.end_of_text]
     if len(tokens) > room:  # the window would slide, and that costs a whole context for each token
         raise UserError(
-            f"--sample-prompt has {len(tokens)} tokens, which --sample-tokens {config.logging.sample_tokens} and "
+            f"--sample-prompt has {len(tokens)} tokens, which --sample-tokens {config.sample_tokens} and "
             f"--seq-length {config.model.seq_length} leave no room for; shorten it, or use a smaller --sample-tokens"
         )
     return SamplePrompt(text, tokens, tokenizer)
@@ -74,7 +74,7 @@ class Samples:
         self._run, self._prompt, self._log, self._watch = run, prompt, log, watch
         runtime = run.runtime
         machine = Machine(runtime.device, runtime.compiles, runtime.end_step, runtime.autocast)
-        self._decoder = Decoder(run.model, machine, 1, run.config.logging.sample_tokens)
+        self._decoder = Decoder(run.model, machine, 1, run.config.sample_tokens)
 
     def after_step(self, step: int) -> None:
         if step % self._run.config.logging.sample_interval:
@@ -105,7 +105,7 @@ class Samples:
             self._decoder,
             [self._prompt.tokens],
             [config.run.seed],
-            config.logging.sample_tokens,
+            config.sample_tokens,
             SAMPLING,
             vocab_size=tokenizer.vocab_size,
         ):

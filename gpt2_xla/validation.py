@@ -53,7 +53,7 @@ def _range_mistakes(config: PretrainConfig) -> list[str]:
         "--valid-steps": run.valid_steps if run.valid_steps is not None else 1,
         "--saved-checkpoint-limit": run.saved_checkpoint_limit,
         "--log-interval": log.log_interval,
-        "--sample-tokens": log.sample_tokens,
+        "--sample-tokens": config.sample_tokens,
         "--vocab-multiple": config.runtime.vocab_multiple,
     }
     if isinstance(config.runtime, XlaConfig):

@@ -355,6 +355,7 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(mistakes_of, own_run, own_
 def test_do_test_evaluates_and_leaves_the_run_as_it_was(pretrain, mistakes_of, own_run, text_data, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in own_run.rglob("*")}
     status, printed = pretrain("--do-test", "--checkpoints-dir", own_run)
+    assert "optimizer" not in printed
     assert status == 0
     loss = checkpoint.read_state(own_run / "step-00000004").valid_loss
     assert f"4 steps trained: validation loss {loss:.4f}, perplexity {np.exp(loss):.2f}" in printed
