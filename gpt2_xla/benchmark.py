@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt2_xla.bench_config import BenchConfig
 from gpt2_xla.config import (
     DataConfig,
     PretrainConfig,
@@ -27,7 +28,6 @@ from gpt2_xla.config import (
 )
 from gpt2_xla.model_validation import check_model
 from gpt2_xla.runtime.base import Runtime
-from gpt2_xla.script_config import BenchConfig
 
 WARMUP_STEPS = 3
 TURNS = 10

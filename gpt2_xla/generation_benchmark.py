@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from gpt2_xla import hf
+from gpt2_xla.bench_config import GenerationBenchConfig
 from gpt2_xla.decoding import Decoder, Machine, generate
 from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT, build_model
 from gpt2_xla.model_validation import model_mistakes
 from gpt2_xla.runtime.torch_runtime import pick_accelerator
 from gpt2_xla.sampling import Sampling
-from gpt2_xla.script_config import GenerationBenchConfig
 
 EVERY = 32  # tokens of which one is timed where each computes the whole prefix again
 WARM_UP_TOKENS = 8

@@ -1,23 +1,25 @@
-"""docs/configuration.md, generated from config.py and script_config.py."""
+"""docs/configuration.md, generated from config.py, script_config.py and bench_config.py."""
 
+from gpt2_xla.bench_config import (
+    BenchConfig,
+    BenchLoaderConfig,
+    DataBenchConfig,
+    GenerationBenchConfig,
+    SavingBenchConfig,
+)
 from gpt2_xla.cli import flags_of
 from gpt2_xla.config import PRESET_OPTIMIZERS, PRESETS, TorchPretrainConfig, XlaPretrainConfig
 from gpt2_xla.script_config import (
-    BenchConfig,
-    BenchLoaderConfig,
     ChaosConfig,
     CompareRunsConfig,
-    DataBenchConfig,
     DoctorConfig,
     EvaluateConfig,
     ExportConfig,
     FinewebConfig,
     GenerateConfig,
-    GenerationBenchConfig,
     InspectConfig,
     PlanConfig,
     PrepareConfig,
-    SavingBenchConfig,
     VerifyRunConfig,
 )
 
@@ -48,7 +50,7 @@ def configuration_page() -> str:
     lines = [
         "# Options",
         "",
-        "Generated from `gpt2_xla/config.py` and `script_config.py` by `python scripts/write_configuration_md.py`; CI checks that it is up to date.",
+        "Generated from `gpt2_xla/config.py`, `script_config.py` and `bench_config.py` by `python scripts/write_configuration_md.py`; CI checks that it is up to date.",
         "",
         "A value's strength, weakest first: its default, the checkpoint's saved configuration (on a resume), the recipe, the",
         "command line; in each of the two, `--preset` is weaker than the flags beside it. Booleans also take `--no-…`. `--recipe NAME` reads flags from `configs/NAME.flags`.",

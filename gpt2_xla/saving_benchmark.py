@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpt2_xla.bench_config import BenchConfig, BenchOptions, SavingBenchConfig
 from gpt2_xla.benchmark import OurLoop, write_random_tokens
 from gpt2_xla.config import DataConfig, RunConfig, TorchConfig, TorchPretrainConfig
 from gpt2_xla.model_validation import check_model
-from gpt2_xla.script_config import BenchConfig, BenchOptions, SavingBenchConfig
 
 
 @dataclass(frozen=True)

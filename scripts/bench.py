@@ -5,9 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from gpt2_xla.bench_config import BenchConfig
 from gpt2_xla.cli import parse
 from gpt2_xla.errors import UserError, run_main
-from gpt2_xla.script_config import BenchConfig
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
 from itertools import islice
 from pathlib import Path
 
+from gpt2_xla.bench_config import DataBenchConfig
 from gpt2_xla.data.benchmark import bench_data, distinct_texts, table
-from gpt2_xla.script_config import DataBenchConfig
 
 
 def test_the_input_is_distinct_and_always_the_same(shared_data: Path) -> None:

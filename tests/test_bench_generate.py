@@ -3,10 +3,10 @@
 import pytest
 from commands import PYTHON, ROOT, run
 
+from gpt2_xla.bench_config import GenerationBenchConfig, GenerationBenchOptions
 from gpt2_xla.config import ModelConfig
 from gpt2_xla.errors import UserError
 from gpt2_xla.generation_benchmark import bench
-from gpt2_xla.script_config import GenerationBenchConfig, GenerationBenchOptions
 
 
 @pytest.mark.parametrize("architecture", ["", "--position rope --norm rmsnorm --activation swiglu --no-bias --qk-norm"])

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt2_xla.bench_config import BenchLoaderConfig
 from gpt2_xla.data import loader, loader_benchmark, shards
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.loader import (
@@ -23,7 +24,6 @@ from gpt2_xla.data.loader import (
 from gpt2_xla.data.loader_benchmark import write_sparse_folder
 from gpt2_xla.data.permutation import permute
 from gpt2_xla.errors import UserError
-from gpt2_xla.script_config import BenchLoaderConfig
 
 TEMPORARY = pytest.TempPathFactory
 

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpt2_xla import benchmark, saving_benchmark
+from gpt2_xla.bench_config import BenchConfig, SavingBenchConfig
 from gpt2_xla.config import PRESETS, ModelConfig
 from gpt2_xla.errors import UserError
 from gpt2_xla.model import (
@@ -20,7 +21,6 @@ from gpt2_xla.model import (
     rotation_at,
 )
 from gpt2_xla.model_validation import model_mistakes
-from gpt2_xla.script_config import BenchConfig, SavingBenchConfig
 from gpt2_xla.tpu_plan.reference_step import make_reference
 
 SIZES = {"vocab_size": 67, "seq_length": 12, "d_model": 32, "num_layers": 2, "num_heads": 4}

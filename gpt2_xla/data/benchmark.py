@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt2_xla.bench_config import DataBenchConfig
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.documents import read_unit
 from gpt2_xla.data.encoder import ReferenceEncoder, fast_encoder
@@ -25,7 +26,6 @@ from gpt2_xla.data.inputs import inputs_of
 from gpt2_xla.data.shards import open_shard
 from gpt2_xla.data.units import Columns, plan_units
 from gpt2_xla.errors import UserError
-from gpt2_xla.script_config import DataBenchConfig
 from gpt2_xla.tokenizer import load_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare_fineweb.py"

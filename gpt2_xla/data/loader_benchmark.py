@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt2_xla.bench_config import BenchLoaderConfig
 from gpt2_xla.config import DataConfig, ModelConfig, PretrainConfig
 from gpt2_xla.errors import UserError
-from gpt2_xla.script_config import BenchLoaderConfig
 
 VOCABULARY = 50257
 MIB = 2**20
