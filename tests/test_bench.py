@@ -123,8 +123,11 @@ def test_our_loop_trains_when_it_is_asked_to_and_no_further(tmp_path):
     found = {}
 
     def work():
-        found.update(train_ours(seat.contenders[0].config, runtime, seat, options, ours))
-        ours.send(seen=True)
+        try:
+            found.update(train_ours(seat.contenders[0].config, runtime, seat, options, ours))
+            ours.send(seen=True)
+        finally:
+            ours.close()
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -138,7 +141,6 @@ def test_our_loop_trains_when_it_is_asked_to_and_no_further(tmp_path):
     assert link.receive() == {"seen": True}
     thread.join()
     link.close()
-    ours.close()
     seen = found["ours"]
     assert runtime.steps == WARMUP_STEPS + 12
     assert seen["loss"] == pytest.approx(math.log(61), abs=0.2)
