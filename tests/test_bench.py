@@ -131,7 +131,7 @@ def test_our_loop_trains_when_it_is_asked_to_and_no_further(tmp_path):
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    link.receive()
+    assert link.receive() == {"warm": ["ours"]}
     assert runtime.steps == WARMUP_STEPS
     for turn in (1, 2, 3):  # the last one under the profiler
         link.send(ask="ours")
@@ -156,20 +156,21 @@ def test_our_loop_trains_when_it_is_asked_to_and_no_further(tmp_path):
 def test_a_command_tells_all_loops_side_by_side_and_why_one_did_not_run():
     output = run(*BENCH, *SMALL, "--against", "bare", "--bare-precisions", "same", "fp16", "bf16", "--breakdown")
     rows, breakdown = tables(output)
-    assert list(rows) == ["ours", "bare, eager, no", "bare, eager, bf16"]
+    assert list(rows) == ["ours", "bare, eager, float32", "bare, eager, bf16"]
     assert "not run: bare, eager, fp16: --mixed-precision fp16 needs a CUDA GPU" in output
     assert [row["precision"] for row in rows.values()] == ["float32", "float32", "bf16"]
     for row in rows.values():
         assert number(row["tokens/s"]) > 0
         assert number(row["peak memory"]) > 100
         assert number(row["loss"]) == pytest.approx(math.log(32), abs=0.2)
-    for name in ("bare, eager, no", "bare, eager, bf16"):
+    for name in ("bare, eager, float32", "bare, eager, bf16"):
         assert number(rows[name]["ours is faster"]) > 0
         memory = number(rows["ours"]["peak memory"]) / number(rows[name]["peak memory"])
         assert number(rows[name]["ours needs"]) == pytest.approx(memory, abs=0.01)
-    assert list(breakdown) == [*PARTS, "other", "a step under the profiler"]
-    *times, whole = (number(row["ours: ms"]) for row in breakdown.values())
+    assert list(breakdown) == [*PARTS, "other", "a step under the profiler", "a step without it"]
+    *times, whole, alone = (number(row["ours: ms"]) for row in breakdown.values())
     assert sum(times) == pytest.approx(whole, abs=0.05)
+    assert alone == pytest.approx(number(rows["ours"]["step"]), abs=0.06)
 
 
 def test_more_processes_are_held_against_one():
@@ -178,8 +179,9 @@ def test_more_processes_are_held_against_one():
     assert [row["tokens a step"] for row in scaling.values()] == ["32", "64"]
     assert number(scaling["1"]["efficiency"]) == 1
     assert number(scaling["2"]["efficiency"]) > 0
-    reduce = list(breakdown["reduce"].values())[1:]  # ms and share of one process, and of two
-    assert number(reduce[0]) == 0
+    reduce = {title: number(cell) for title, cell in breakdown["reduce"].items() if title.endswith("ms")}
+    assert reduce["ours × 1: ms"] == 0
+    assert reduce["ours × 2: ms"] > 0
 
 
 @pytest.mark.xla

@@ -7,6 +7,7 @@ hears of every step.
 import functools
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from gpt2_xla.cli import from_dict
 from gpt2_xla.config import PretrainConfig, TorchPretrainConfig, XlaPretrainConfig
 from gpt2_xla.errors import run_main
 from gpt2_xla.runtime.base import CompileStats, Runtime
+from gpt2_xla.runtime.orphans import die_with
 
 if TYPE_CHECKING:
     from gpt2_xla.train import Run
@@ -69,8 +71,10 @@ class TurnSink:
             self.seen["parts"] = self._breakdown.finish(self._options.steps)
         elif turns == self._options.turns:  # before the profiler takes memory, too
             self.seen = seen(self._run.runtime, self._loss, self._run.runtime.compile_stats())
-        if self._link is not None:
-            self._link.send(seconds=time.perf_counter() - self._started)  # at the first time nobody's
+        if self._link is not None and turns > 0:
+            self._link.send(seconds=time.perf_counter() - self._started)
+        elif self._link is not None:
+            self._link.send(warm=[self._name, *self._others])
         if turns == self._all_turns:
             serve(self._link, FINISH, self._others, self._options.steps)
             raise Finished
@@ -104,7 +108,7 @@ def train_ours(
     data = PretrainingData.open(config, runtime.rank, runtime.world_size)
     run, _ = start_run(config, runtime, data)
     others: dict[str, BareLoop] = {}
-    for bare in seat.contenders[1:] if runtime.world_size == 1 else ():
+    for bare in seat.contenders[1:] if runtime.world_size == 1 else ():  # which know one device
         from gpt2_xla.runtime.bare_xla_loop import BareXlaLoop
 
         others[bare.name] = BareXlaLoop(config, data.training(0, config.run.train_steps))
@@ -137,7 +141,7 @@ def train_bare(contender: Contender, options: BenchOptions, link: Link) -> dict[
     )  # for its device, and as the ruler of memory; the loop is without it
     loop = BareTorchLoop(contender.config, runtime.device, contender.compiled)
     loop.run(WARMUP_STEPS)
-    link.send(seconds=0.0)
+    link.send(warm=[contender.name])
     serve(link, FINISH, {contender.name: loop}, options.steps)
     return {contender.name: seen(runtime, loop.loss)}
 
@@ -165,6 +169,7 @@ def work(config: PretrainConfig, runtime: Runtime, seat: Seat, options: BenchOpt
 
 def main(folder: Path, name: str, number: int) -> None:
     """Train what that seat holds."""
+    die_with(os.getppid())
     bench = from_dict(BenchConfig, json.loads((folder / "config.json").read_text()))
     seat = seats(bench, folder)[name][number]
     first, socket = seat.contenders[0], folder / f"{name}-{number}"

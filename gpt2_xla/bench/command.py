@@ -47,7 +47,7 @@ def bench(parsed: Parsed[BenchConfig]) -> None:
     )
     for rows in filter(None, found.values()):
         print(f"\n{table(rows)}")
-        ours = [row for row in rows if row.name.startswith("ours")]
+        ours = [row for row in rows if row.is_ours]
         if len(ours) > 1:
             print(f"\n{scaling_table(ours)}")
         if any(row.parts for row in ours):

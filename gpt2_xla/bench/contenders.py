@@ -77,8 +77,14 @@ def _torch_seats(bench: BenchConfig, folder: Path) -> list[Seat]:
         for precision in dict.fromkeys(own if name == "same" else name for name in options.bare_precisions):
             for model in dict.fromkeys(options.bare_models):
                 config = _torch_config(bench, folder, precision)
-                found.append(Contender(f"bare, {model}, {precision}", config, compiled=model == "compiled"))
+                name = f"bare, {model}, {precision_name(precision)}"
+                found.append(Contender(name, config, compiled=model == "compiled"))
     return [Seat((contender,)) for contender in found]
+
+
+def precision_name(precision: Precision) -> str:
+    """A --mixed-precision in words."""
+    return "float32" if precision == "no" else precision
 
 
 def _xla_seats(bench: BenchConfig, folder: Path) -> list[Seat]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpt2_xla.bench.breakdown import PARTS
-from gpt2_xla.bench.contenders import Contender
+from gpt2_xla.bench.contenders import Contender, precision_name
 from gpt2_xla.model import flops_per_token
 
 MIB = 2**20
@@ -17,6 +17,7 @@ class Row:
     """What was measured of one loop. Times in seconds, memory in bytes."""
 
     name: str
+    is_ours: bool
     machine: str
     precision: str
     processes: int
@@ -53,8 +54,9 @@ def make_row(contender: Contender, times: list[float], steps: int, seen: dict[st
     flops = tokens / statistics.median(per_step) * flops_per_token(config.model)
     return Row(
         name=contender.name,
+        is_ours=contender.is_ours,
         machine=seen["machine"],
-        precision="float32" if config.runtime.mixed_precision == "no" else config.runtime.mixed_precision,
+        precision=precision_name(config.runtime.mixed_precision),
         processes=contender.processes,
         tokens=tokens,
         times=per_step,
@@ -68,13 +70,13 @@ def make_row(contender: Contender, times: list[float], steps: int, seen: dict[st
 
 
 def table(rows: list[Row]) -> str:
-    """All rows, each beside our loop, as a Markdown table; `rows[0]` is ours."""
-    ours = rows[0]
+    """All rows, the others beside the first of ours, as a Markdown table."""
+    ours = next((row for row in rows if row.is_ours), None)
     titles = ["loop", "machine", "precision", "tokens/s", "step", "p90", "ours is faster", "peak memory", "ours needs"]
     lines = [[*titles, "MFU", "compiles", "compile time", "loss"]]
     for row in rows:
-        against = not row.name.startswith("ours")
-        memory = ours.peak_memory / row.peak_memory if against and ours.peak_memory and row.peak_memory else None
+        beside = ours if not row.is_ours else None
+        memory = beside.peak_memory / row.peak_memory if beside and beside.peak_memory and row.peak_memory else None
         lines.append(
             [
                 row.name,
@@ -83,7 +85,7 @@ def table(rows: list[Row]) -> str:
                 f"{row.tokens_per_second:,.0f}",
                 f"{row.step * 1e3:,.1f} ms",
                 f"{_p90(row.times) * 1e3:,.1f} ms",
-                _cell(row.speed_of(ours) if against else None, "{:.2f} ×"),
+                _cell(row.speed_of(beside) if beside else None, "{:.2f} ×"),
                 _cell(row.peak_memory, "{:,.0f} MiB", 1 / MIB),
                 _cell(memory, "{:.2f} ×"),
                 _cell(row.mfu, "{:.1%}"),
@@ -118,13 +120,12 @@ def scaling_table(rows: list[Row]) -> str:
 def breakdown_table(rows: list[Row]) -> str:
     """The parts of the steps of the rows that have them."""
     profiled = [(row, row.parts) for row in rows if row.parts is not None]
-    lines = [["part of the step", *(f"{row.name}: ms | %" for row, _ in profiled)]]
-    for part in (*PARTS, "other"):
-        cells = [f"{parts[part] * 1e3:,.2f} | {parts[part] / sum(parts.values()):.1%}" for _, parts in profiled]
-        lines.append([part, *cells])
-    whole = [f"{sum(parts.values()) * 1e3:,.2f} | {row.step * 1e3:,.2f} ms without it" for row, parts in profiled]
-    lines.append(["a step under the profiler", *whole])
-    return _markdown(lines)
+    columns = [["part of the step", *PARTS, "other", "a step under the profiler", "a step without it"]]
+    for row, parts in profiled:
+        times = [*(parts[part] for part in (*PARTS, "other")), sum(parts.values())]
+        columns.append([f"{row.name}: ms", *(f"{time * 1e3:,.2f}" for time in times), f"{row.step * 1e3:,.2f}"])
+        columns.append(["%", *(f"{time / times[-1]:.1%}" for time in times), ""])
+    return _markdown([list(line) for line in zip(*columns, strict=True)])
 
 
 def _markdown(lines: list[list[str]]) -> str:

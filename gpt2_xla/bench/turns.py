@@ -48,15 +48,17 @@ class SeatProcess:
             start_new_session=True,
         )
 
-    def wait_until_warm(self) -> None:
-        """Return when every loop in it has been warmed up; raises `LoopFailed`."""
+    def wait_until_warm(self) -> list[str]:
+        """Return when its loops have been warmed up, with those that it left out; raises `LoopFailed`."""
         while self._link is None:
             try:
                 self._link = Link(self._listener.accept()[0])
             except TimeoutError:
                 if self._process.poll() is not None:
                     raise LoopFailed(self._why()) from None
-        self._answer("seconds")
+        warm = self._answer("warm")
+        left_out, self.names = [name for name in self.names if name not in warm], warm
+        return left_out
 
     def turn(self, name: str) -> float:
         """Seconds that a turn of that loop took; raises `LoopFailed`."""
@@ -66,7 +68,10 @@ class SeatProcess:
     def finish(self) -> dict[str, dict[str, Any]]:
         """What was seen of each loop in it; raises `LoopFailed`."""
         self._ask(FINISH)
-        return self._answer("seen")
+        seen = self._answer("seen")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(30)
+        return seen
 
     def close(self) -> None:
         """End it, and all that it started."""
@@ -133,10 +138,9 @@ class Match:
 
     def play(self) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
         """Seconds of each turn, and what was seen, of each loop that got through; `say` hears why one did not."""
-        times: dict[str, list[float]] = {}
         for process in list(self._processes):
-            if self._gets_through(process, process.wait_until_warm):
-                times |= {name: [] for name in process.names}
+            self._gets_through(process, lambda p=process: self._tell(p.wait_until_warm()))  # type: ignore[misc]
+        times: dict[str, list[float]] = {name: [] for process in self._processes for name in process.names}
         for turn in range(self._options.turns):
             order = [(process, name) for process in self._processes for name in process.names]
             for process, name in order if turn % 2 == 0 else reversed(order):
@@ -150,7 +154,11 @@ class Match:
             self._gets_through(process, lambda p=process: seen.update(p.finish()))  # type: ignore[misc]
         return times, seen
 
-    def _gets_through(self, process: SeatProcess, work: Callable[[], object]) -> bool:
+    def _tell(self, left_out: list[str]) -> None:
+        for name in left_out:
+            self._say(f"not run: {name}: it is for one device, and ours has several replicas here")
+
+    def _gets_through(self, process: SeatProcess, work: Callable[[], object]) -> None:
         """Do it; a process that fails is out."""
         try:
             work()
@@ -158,8 +166,6 @@ class Match:
             self._say(f"not run: {', '.join(process.names)}: {failure}")
             self._processes.remove(process)
             process.close()
-            return False
-        return True
 
 
 def child_environment(processes: int) -> dict[str, str]:
