@@ -49,9 +49,15 @@ class TurnSink:
     """Takes our loop's turns. Rank 0 is asked for them, over the link; the others go on when it does."""
 
     def __init__(
-        self, run: "Run", seat: Seat, link: Link | None, options: BenchOptions, others: dict[str, BareLoop]
+        self,
+        run: "Run",
+        seat: Seat,
+        link: Link | None,
+        options: BenchOptions,
+        others: dict[str, BareLoop],
+        compiled: CompileStats,  # in this process before ours began
     ) -> None:
-        self._run, self._link, self._options, self._others = run, link, options, others
+        self._run, self._link, self._options, self._others, self._compiled = run, link, options, others, compiled
         self._name, self._all_turns = seat.contenders[0].name, options.turns + seat.profiled_turns(options)
         self._weight = min(run.model.parameters(), key=torch.Tensor.numel)
         self._started = 0.0
@@ -67,12 +73,15 @@ class TurnSink:
         if turns < 0 or rest:
             return
         self._run.runtime.fetch_later(self._weight.detach())()  # as the last step left it: its work is done then
+        seconds = time.perf_counter() - self._started
         if turns > self._options.turns:
             self.seen["parts"] = self._breakdown.finish(self._options.steps)
         elif turns == self._options.turns:  # before the profiler takes memory, too
-            self.seen = seen(self._run.runtime, self._loss, self._run.runtime.compile_stats())
+            now = self._run.runtime.compile_stats()
+            own = CompileStats(now.count - self._compiled.count, now.seconds - self._compiled.seconds)
+            self.seen = seen(self._run.runtime, self._loss, own)
         if self._link is not None and turns > 0:
-            self._link.send(seconds=time.perf_counter() - self._started)
+            self._link.send(seconds=seconds)
         elif self._link is not None:
             self._link.send(warm=[self._name, *self._others])
         if turns == self._all_turns:
@@ -106,14 +115,15 @@ def train_ours(
 
     Path(config.run.checkpoints_dir).mkdir(exist_ok=True)
     data = PretrainingData.open(config, runtime.rank, runtime.world_size)
-    run, _ = start_run(config, runtime, data)
     others: dict[str, BareLoop] = {}
     for bare in seat.contenders[1:] if runtime.world_size == 1 else ():  # which know one device
         from gpt2_xla.runtime.bare_xla_loop import BareXlaLoop
 
         others[bare.name] = BareXlaLoop(config, data.training(0, config.run.train_steps))
         others[bare.name].run(WARMUP_STEPS)
-    sink = TurnSink(run, seat, link, options, others)
+    compiled = runtime.compile_stats()  # for the others
+    run, _ = start_run(config, runtime, data)
+    sink = TurnSink(run, seat, link, options, others, compiled)
     run.metrics = open_metrics(config, 0, runtime.rank)
     run.metrics.sinks.append(sink)
     try:
@@ -136,9 +146,7 @@ def train_bare(contender: Contender, options: BenchOptions, link: Link) -> dict[
     from gpt2_xla.runtime.torch_runtime import TorchRuntime
 
     assert isinstance(contender.config, TorchPretrainConfig)
-    runtime = TorchRuntime(
-        contender.config.runtime
-    )  # for its device, and as the ruler of memory; the loop is without it
+    runtime = TorchRuntime(contender.config.runtime)  # names the device and measures its memory; the loop is without it
     loop = BareTorchLoop(contender.config, runtime.device, contender.compiled)
     loop.run(WARMUP_STEPS)
     link.send(warm=[contender.name])
