@@ -186,7 +186,7 @@ def test_more_processes_are_held_against_one():
 
 @pytest.mark.xla
 def test_xla_loops_share_a_process():
-    (rows,) = tables(run(*BENCH, *SMALL, "--runtimes", "xla", "--against", "bare"))
+    (rows,) = tables(run(*BENCH, *SMALL, "--runtimes", "xla", "--against", "bare", timeout=170))
     assert list(rows) == ["ours", "bare torch_xla"]
     assert rows["ours"]["machine"].startswith("1 × XLA CPU")
     assert int(rows["ours"]["compiles"]) > 0
