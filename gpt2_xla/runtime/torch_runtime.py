@@ -33,7 +33,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchRuntime:
-    """See `Runtime`. Under torchrun each process is one replica, joined by DDP."""
+    """See `Runtime`. Under torchrun each process is one replica, joined by DDP; `ShardedRuntime` cuts the model up."""
 
     def __init__(self, config: TorchConfig, stop: StopRequest | None = None) -> None:
         if mistakes := device_mistakes(config):
@@ -73,10 +73,7 @@ class TorchRuntime:
     def place(self, model: nn.Module) -> nn.Module:
         model.to(self.device)
         if isinstance(model, GPT):
-            if self.config.residual_precision == "bf16":
-                model.use(residual_dtype=torch.bfloat16)
-            again = functools.partial(checkpoint, use_reentrant=False)
-            recompute_activations(model, self.config.activation_checkpointing, again)
+            self._pull_levers(model)
         placed = model
         if self.world_size > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
@@ -85,6 +82,13 @@ class TorchRuntime:
             )
         # Shapes never change here, so a symbolic one would only slow the kernels.
         return torch.compile(placed, dynamic=False) if self.config.compile else placed  # type: ignore[return-value]
+
+    def _pull_levers(self, model: GPT) -> None:
+        """The options that trade memory, or precision, for time."""
+        if self.config.residual_precision == "bf16":
+            model.use(residual_dtype=torch.bfloat16)
+        again = functools.partial(checkpoint, use_reentrant=False)
+        recompute_activations(model, self.config.activation_checkpointing, again)
 
     def build_optimizer(self, model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
         fused = self.device.type in ("cpu", "cuda")
@@ -131,7 +135,7 @@ class TorchRuntime:
             # The scaler looks at the gradients alone: a loss that is not finite must show in one of them (0 · inf is NaN).
             next(p.grad for p in model.parameters() if p.grad is not None and p.dim() < 2).add_(loss * 0)
             self._scaler.unscale_(optimizer)
-        norm = clip_gradients(model, max_grad_norm)
+        norm = self._clip(model, max_grad_norm)
         values = torch.stack([loss, norm])
         if self._scaler.is_enabled():
             self._scaler.step(optimizer)
@@ -140,6 +144,9 @@ class TorchRuntime:
             optimizers.take_step(optimizer, optimizers.not_finite(values), _step_unless)
         optimizer.zero_grad(set_to_none=True)
         return values
+
+    def _clip(self, model: nn.Module, max_norm: float) -> Tensor:
+        return clip_gradients(model, max_norm)
 
     def mean(self, value: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -167,6 +174,10 @@ class TorchRuntime:
     def to_host(self, tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> list[Share]:
         if self.rank != 0:
             return []
+        self._copy_to_host(tensors, buffers)
+        return whole_shares(buffers)
+
+    def _copy_to_host(self, tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
         pinned = self.device.type == "cuda"
         for name, tensor in tensors.items():
             # Fresh memory costs more than the copy: the kernel clears each page when it is first touched.
@@ -174,7 +185,6 @@ class TorchRuntime:
                 buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
             buffers[name].copy_(tensor.detach(), non_blocking=pinned)
         self._wait_for_device()
-        return whole_shares(buffers)
 
     def should_stop(self) -> bool:
         return self._stop.poll()
