@@ -1,5 +1,6 @@
 """torchrun's processes with the model cut up between them: one process's losses, a share of its memory, its checkpoints."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -131,7 +132,8 @@ def test_killed_it_goes_on_with_other_processes_cut_in_another_way_and_then_with
         *torchrun(2), *FLAGS, *data_flags(text_data), "--sharding", "fsdp", "--checkpoints-dir", str(folder)
     )
     wait_for_step(process, folder, 23)
-    os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # a fast run may have ended: then there is nothing left to do
+        os.killpg(process.pid, signal.SIGKILL)
     finish(process)
     output = run(*torchrun(4), "--sharding", "hsdp", "--mesh", "data=2,fsdp=2", "--checkpoints-dir", folder)
     assert "mesh data=2,fsdp=2, parameters and optimizer state: 0.71 MB" in output
