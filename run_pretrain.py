@@ -17,7 +17,8 @@ def main() -> None:
         die_with(os.getppid())
     with StopSignals() as stop:  # before the slow imports: a signal that comes during them is heard too
         from gpt2_xla.runtime.maintenance import watch_maintenance
-        from gpt2_xla.runtime.torch_runtime import TorchRuntime, device_mistakes, world_size
+        from gpt2_xla.runtime.torch_runtime import device_mistakes, world_size
+        from gpt2_xla.runtime.torch_sharding import open_torch_runtime, sharding_mistakes
         from gpt2_xla.startup import pretrain_start
         from gpt2_xla.train import pretrain
         from gpt2_xla.validation import replica_mistakes
@@ -27,9 +28,13 @@ def main() -> None:
             TorchPretrainConfig,
             sys.argv[1:],
             __doc__,
-            lambda config: [*device_mistakes(config.runtime), *replica_mistakes(config, world_size())],
+            lambda config: [
+                *device_mistakes(config.runtime),
+                *sharding_mistakes(config.runtime),
+                *replica_mistakes(config, world_size()),
+            ],
         )
-        runtime = TorchRuntime(start.config.runtime, stop)
+        runtime = open_torch_runtime(start.config.runtime, stop)
         try:
             pretrain(start.config, runtime, start.source)
         finally:

@@ -217,16 +217,20 @@ def replace_fields(config: Config, values: dict[str, Any]) -> Config:
 
 
 def from_dict(config_type: type[Config], saved: dict[str, Any]) -> Config:
-    """The inverse of `config.to_dict`; fields that another entry point saved and this one lacks are left out.
+    """The inverse of `config.to_dict`; what another entry point saved and this one lacks, or means otherwise, is left out.
 
     What was saved when an option took one value only (text, or null for none) is read as a list of one, or none.
 
     Raises `UserError` for a value of the wrong type.
     """
     values = {}
-    for flag in flags_of(config_type):
+    flags = flags_of(config_type)
+    for flag in flags:
         group = saved.get(flag.group, {}) if flag.group else saved
         if isinstance(group, dict) and flag.key in group:
+            ours = {other.key for other in flags if other.group == flag.group}
+            if not flag.field.metadata["portable"] and not group.keys() <= ours:
+                continue  # an option beside it that only the other entry point has tells where it comes from
             value = group[flag.key]
             if typing.get_origin(flag.type) is tuple and isinstance(value, str | None):
                 value = [] if value is None else [value]

@@ -10,9 +10,12 @@ from typing import Any, Literal
 from gpt2_xla.batch_sizes import BatchSizes, parse_batch_sizes
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field that is also a command-line flag. A bool also takes --no-NAME."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, portable: bool = True) -> Any:
+    """A dataclass field that is also a command-line flag. A bool also takes --no-NAME.
+
+    One that is not portable means other things to the other entry point: a run continued there does not take it over.
+    """
+    return field(default=default, metadata={"help": help, "portable": portable})
 
 
 @dataclass(frozen=True)
@@ -275,6 +278,16 @@ class TorchConfig(RuntimeConfig):
     ddp_backend: Literal["auto", "gloo", "nccl"] = option(
         "auto", "torch.distributed backend under torchrun; auto is nccl on CUDA, else gloo"
     )
+    sharding: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = option(
+        "auto",
+        "how torchrun's processes share the work: ddp, each has a copy of the model; fsdp, weights, gradients and optimizer state are cut up over all of them (FSDP2); hsdp, --mesh's copies, each cut up; none is for one process; auto is ddp under torchrun",
+        portable=False,
+    )
+    mesh: str | None = option(
+        None,
+        "processes along each axis of --sharding hsdp, as in data=2,fsdp=4: data copies the model, fsdp cuts it; default: a copy per host",
+        portable=False,
+    )
     compile: bool = option(False, "compile the model with torch.compile")
 
 
@@ -285,10 +298,12 @@ class XlaConfig(RuntimeConfig):
     sharding: Literal["none", "fsdp"] = option(
         "none",
         "none: each device has a copy of the model (xmp.spawn); fsdp: weights, gradients and optimizer state are cut up over the devices of --mesh (SPMD, one process per host)",
+        portable=False,
     )
     mesh: str | None = option(
         None,
         "devices along each axis of --sharding fsdp, as in data=2,fsdp=2,tensor=2: data copies the model, fsdp cuts it, tensor cuts attention heads and the MLP too; default: all devices on fsdp",
+        portable=False,
     )
     mp_start_method: Literal["spawn", "fork"] = option(
         "spawn", "how xmp.spawn starts the replicas' processes (--sharding none)"

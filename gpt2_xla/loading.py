@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gpt2_xla import checkpoint, vocabulary_padding
 from gpt2_xla.config import ModelConfig
+from gpt2_xla.held_blocks import copy_held
 from gpt2_xla.model import GPT
 
 TOGETHER = 0.03  # share of the weights that are read from one mapping of the file, whose pages count as memory in use
@@ -15,7 +16,7 @@ TOGETHER = 0.03  # share of the weights that are read from one mapping of the fi
 
 @torch.no_grad()
 def load(model: GPT, folder: Path) -> None:
-    """Copy the weights of a checkpoint or Hugging Face folder into the model, whatever its device.
+    """Copy the weights of a checkpoint or Hugging Face folder into the model, whatever its device and layout.
 
     A longer context is cut to the model's, and a vocabulary that the model pads gets its rows of padding. Raises UserError
     naming every weight that is missing, unexpected or of another shape; then nothing was copied.
@@ -30,7 +31,7 @@ def load(model: GPT, folder: Path) -> None:
         del weights  # unmaps the file, and with it the pages that were read
         weights = checkpoint.read_weights(folder)
         for name in names:
-            parameters[name].copy_(_fitted(name, weights[name], model.config))
+            copy_held(parameters[name], _fitted(name, weights[name], model.config))
 
 
 def _fitted(name: str, weight: Tensor, config: ModelConfig) -> Tensor:

@@ -74,9 +74,10 @@ class Muon(torch.optim.Optimizer):
         super().__init__(list(matrices), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self._stacks = list(_stacks(matrices))
         self._matmul_dtype = matmul_dtype
-        # How a runtime lays out matrices (N, R, C) to orthogonalize, and an update like its parameter.
-        self.spread: Callable[[Tensor], Tensor] = lambda stacked: stacked
-        self.gather: Callable[[Tensor, Tensor], Tensor] = lambda update, _parameter: update
+        # How a runtime whose tensors are cut up makes one whole, orthogonalizes (N, R, C), and cuts an update like its parameter.
+        self.whole: Callable[[Tensor], Tensor] = lambda direction: direction
+        self.orthogonalize: Callable[[Tensor], Tensor] = orthogonalized
+        self.cut: Callable[[Tensor, Tensor], Tensor] = lambda update, _parameter: update
 
     @torch.no_grad()
     def step(self, closure: None = None, found_inf: Tensor | None = None) -> None:  # type: ignore[override]
@@ -88,16 +89,23 @@ class Muon(torch.optim.Optimizer):
         }
         pieces: dict[Tensor, dict[int, Tensor]] = {}
         for stack in self._stacks:
-            stacked = torch.stack([_lying(piece, directions[piece.parameter]) for piece in stack])  # (N, R, C)
+            whole = {piece.parameter: self.whole(directions[piece.parameter]) for piece in stack}
+            stacked = torch.stack([_lying(piece, whole[piece.parameter]) for piece in stack])  # (N, R, C)
             scale = UPDATE_RMS * math.sqrt(stacked.shape[2])
-            for piece, matrix in zip(stack, orthogonalized(self.spread(stacked)).unbind(), strict=True):
+            for piece, matrix in zip(stack, self.orthogonalize(stacked).unbind(), strict=True):
+                parts = pieces.setdefault(piece.parameter, {})
                 update = matrix.float() * scale
-                pieces.setdefault(piece.parameter, {})[piece.first] = update.mT if piece.stands else update
-        for parameter, parts in pieces.items():
-            update = self.gather(torch.cat([parts[first] for first in sorted(parts)]), parameter)
-            # Not parameter * (1 - lr * decay): that factor may become 1, which XLA would compile in.
-            changed = parameter - (parameter * group["weight_decay"] + update) * group["lr"]
-            parameter.copy_(_unless(found_inf, changed, parameter))
+                parts[piece.first] = update.mT if piece.stands else update
+                if sum(map(len, parts.values())) == len(piece.parameter):  # at once: a whole update takes room
+                    del pieces[piece.parameter]
+                    self._change(piece.parameter, torch.cat([parts[first] for first in sorted(parts)]), found_inf)
+
+    def _change(self, parameter: Tensor, update: Tensor, found_inf: Tensor | None) -> None:
+        """Take a step of one parameter in the update's direction."""
+        (group,) = self.param_groups
+        # Not parameter * (1 - lr * decay): that factor may become 1, which XLA would compile in.
+        changed = parameter - (parameter * group["weight_decay"] + self.cut(update, parameter)) * group["lr"]
+        parameter.copy_(_unless(found_inf, changed, parameter))
 
     def _direction(self, parameter: Tensor, momentum: float, found_inf: Tensor | None) -> Tensor:
         """Update the momentum; where it leads, a gradient further."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Set
 
-from gpt2_xla.config import PretrainConfig, XlaConfig
+from gpt2_xla.config import PretrainConfig, TorchConfig, XlaConfig
 from gpt2_xla.errors import UserError
 from gpt2_xla.model_validation import model_mistakes
 from gpt2_xla.profiling import profile_mistakes
@@ -184,6 +184,8 @@ def _precision_mistakes(config: PretrainConfig) -> list[str]:
 
 def _sharding_mistakes(config: PretrainConfig, explicit: Set[str]) -> list[str]:
     runtime = config.runtime
+    if isinstance(runtime, TorchConfig):
+        return _process_sharding_mistakes(runtime, explicit)
     if not isinstance(runtime, XlaConfig):
         return []
     if runtime.sharding == "none":
@@ -206,6 +208,31 @@ def _sharding_mistakes(config: PretrainConfig, explicit: Set[str]) -> list[str]:
             parse_mesh(runtime.mesh)
         except UserError as error:
             mistakes += error.mistakes
+    return mistakes
+
+
+def _process_sharding_mistakes(runtime: TorchConfig, explicit: Set[str]) -> list[str]:
+    """Those of torchrun's processes."""
+    mistakes = []
+    if runtime.sharding in ("fsdp", "hsdp") and runtime.mixed_precision == "fp16":
+        mistakes.append(
+            f"--mixed-precision fp16 is not supported with --sharding {runtime.sharding}; use --mixed-precision bf16"
+        )
+    if runtime.sharding != "hsdp":
+        if "mesh" in explicit:  # a checkpoint's may stay
+            mistakes.append(
+                f"--mesh {runtime.mesh} says how --sharding hsdp copies and cuts; add --sharding hsdp, or leave --mesh out"
+            )
+        return mistakes
+    if runtime.mesh is not None:
+        try:
+            tensor = parse_mesh(runtime.mesh).tensor
+        except UserError as error:
+            return [*mistakes, *error.mistakes]
+        if tensor > 1:
+            mistakes.append(
+                f"--mesh {runtime.mesh}: only run_pretrain_xla.py cuts along tensor; give those processes to fsdp"
+            )
     return mistakes
 
 

@@ -40,12 +40,14 @@ def sharded(mesh: str) -> Row:
 FLOAT32 = (
     Row("torch", TRAIN, CPU),
     Row("torchrun, 2 processes", torchrun(2), CPU),
+    Row("torchrun, 2 processes, fsdp", torchrun(2), (*CPU, "--sharding", "fsdp")),
+    Row("torchrun, 4 processes, hsdp", torchrun(4), (*CPU, "--sharding", "hsdp", "--mesh", "data=2,fsdp=2")),
     Row("XLA, 1 device", TRAIN_XLA),
     Row("XLA, 2 replicas", xla_replicas(2), replicas=2),
     Row("XLA, 4 replicas", xla_replicas(4), replicas=4),
     *map(sharded, ("data=8", "fsdp=8", "fsdp=4,tensor=2")),
 )
-IN_BF16 = (FLOAT32[0], FLOAT32[2], FLOAT32[3], FLOAT32[6])
+IN_BF16 = tuple(FLOAT32[row] for row in (0, 2, 4, 5, 8))
 ROWS = (*FLOAT32, *(replace(row, name=f"{row.name}, bf16", flags=(*row.flags, *BF16)) for row in IN_BF16))
 
 

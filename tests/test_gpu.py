@@ -85,6 +85,23 @@ def test_more_processes_than_devices_is_one_sentence(tmp_path, text_data):
     assert f"start at most {count - 1} processes" in output
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(
+    "flags, tolerance",
+    [
+        (["--mixed-precision", "no"], 1e-4),
+        (["--mixed-precision", "bf16", "--activation-checkpointing", "block"], 3e-2),
+        (["--mixed-precision", "bf16", "--compile"], 3e-2),
+    ],
+)
+def test_a_model_cut_up_over_two_devices_agrees_with_float32_on_the_cpu(
+    flags, tolerance, tmp_path, text_data, cpu_float32
+):
+    command = [*torchrun(2), *TINY, *data_flags(text_data), *STEPS, "--sharding", "fsdp", "--checkpoints-dir", tmp_path]
+    run(*command, *flags, timeout=170)
+    assert losses(tmp_path) == pytest.approx(cpu_float32, abs=tolerance)
+
+
 def test_memory_and_mfu_are_reported(tmp_path, text_data):
     flags = [*TINY, *data_flags(text_data), *STEPS, "--mixed-precision", "bf16"]
     run(*TRAIN, *flags, "--checkpoints-dir", tmp_path)

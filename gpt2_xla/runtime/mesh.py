@@ -83,7 +83,7 @@ def mesh_mistakes(config: PretrainConfig, mesh: str | None, devices: int, hosts:
             ]
         return [
             f"--mesh {shape} is for {shape.devices} devices, but there are {devices}; "
-            f"use --mesh {_nearest_mesh(shape, devices)}, for example"
+            f"use --mesh {nearest_mesh(shape, devices)}, for example"
         ]
     # Several hosts send each device rows of its own, those of a tensor group too (see XlaSpmdRuntime.batches).
     parts, axes = (shape.row_shards, ROWS) if hosts == 1 else (devices, AXES)
@@ -111,7 +111,7 @@ def mesh_mistakes(config: PretrainConfig, mesh: str | None, devices: int, hosts:
     return mistakes
 
 
-def _nearest_mesh(wanted: MeshShape, devices: int) -> MeshShape:
+def nearest_mesh(wanted: MeshShape, devices: int) -> MeshShape:
     """As much of the wanted mesh as divides the devices, the rest of them on fsdp."""
     tensor = math.gcd(wanted.tensor, devices)
     data = math.gcd(wanted.data, devices // tensor)

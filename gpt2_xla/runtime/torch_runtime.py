@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,11 +30,12 @@ from gpt2_xla.runtime.stop_signals import StopRequest, StopSource
 from gpt2_xla.runtime.votes import Votes, restart_store
 from gpt2_xla.shares import Share, whole_shares
 
+Called = TypeVar("Called", bound=Callable[..., Any])
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchRuntime:
-    """See `Runtime`. Under torchrun each process is one replica, joined by DDP."""
+    """See `Runtime`. Under torchrun each process is one replica, joined by DDP; `ShardedRuntime` cuts the model up."""
 
     def __init__(self, config: TorchConfig, stop: StopRequest | None = None) -> None:
         if mistakes := device_mistakes(config):
@@ -74,20 +75,23 @@ class TorchRuntime:
     def place(self, model: nn.Module) -> nn.Module:
         model.to(self.device)
         if isinstance(model, GPT):
-            if self.config.residual_precision == "bf16":
-                model.use(residual_dtype=torch.bfloat16)
-            if self.device.type == "cpu":
-                model.use(attend=cpu_attention)
-            again = functools.partial(checkpoint, use_reentrant=False)
-            recompute_activations(model, self.config.activation_checkpointing, again)
+            self._pull_levers(model)
         placed = model
         if self.world_size > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             placed = DistributedDataParallel(
                 model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-        # Shapes never change here, so a symbolic one would only slow the kernels.
-        return torch.compile(placed, dynamic=False) if self.config.compile else placed  # type: ignore[return-value]
+        return compiled(placed) if self.config.compile else placed
+
+    def _pull_levers(self, model: GPT) -> None:
+        """The options that trade memory, or precision, for time."""
+        if self.config.residual_precision == "bf16":
+            model.use(residual_dtype=torch.bfloat16)
+        if self.device.type == "cpu":
+            model.use(attend=cpu_attention)
+        again = functools.partial(checkpoint, use_reentrant=False)
+        recompute_activations(model, self.config.activation_checkpointing, again)
 
     def build_optimizer(self, model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
         fused = self.device.type in ("cpu", "cuda")
@@ -134,7 +138,7 @@ class TorchRuntime:
             # The scaler looks at the gradients alone: a loss that is not finite must show in one of them (0 · inf is NaN).
             next(p.grad for p in model.parameters() if p.grad is not None and p.dim() < 2).add_(loss * 0)
             self._scaler.unscale_(optimizer)
-        norm = clip_gradients(model, max_grad_norm)
+        norm = self._clip(model, max_grad_norm)
         values = torch.stack([loss, norm])
         if self._scaler.is_enabled():
             self._scaler.step(optimizer)
@@ -143,6 +147,9 @@ class TorchRuntime:
             optimizers.take_step(optimizer, optimizers.not_finite(values), _step_unless)
         optimizer.zero_grad(set_to_none=True)
         return values
+
+    def _clip(self, model: nn.Module, max_norm: float) -> Tensor:
+        return clip_gradients(model, max_norm)
 
     def mean(self, value: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -170,6 +177,10 @@ class TorchRuntime:
     def to_host(self, tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> list[Share]:
         if self.rank != 0:
             return []
+        self._copy_to_host(tensors, buffers)
+        return whole_shares(buffers)
+
+    def _copy_to_host(self, tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
         pinned = self.device.type == "cuda"
         for name, tensor in tensors.items():
             # Fresh memory costs more than the copy: the kernel clears each page when it is first touched.
@@ -177,7 +188,6 @@ class TorchRuntime:
                 buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
             buffers[name].copy_(tensor.detach(), non_blocking=pinned)
         self._wait_for_device()
-        return whole_shares(buffers)
 
     def should_stop(self) -> bool:
         return self._stop.poll()
@@ -254,6 +264,12 @@ def _step_unless(adam: torch.optim.Optimizer, skip: Tensor) -> None:
         adam.step()
     elif not skip:  # waits for the device: without the fused kernel nothing there can skip
         adam.step()
+
+
+def compiled(called: Called) -> Called:
+    """What computes the same faster, once it is compiled at its first call."""
+    # Shapes never change here, so a symbolic one would only slow the kernels.
+    return torch.compile(called, backend="inductor", dynamic=False)  # type: ignore[return-value]
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gpt2_xla import optim as optimizers
 from gpt2_xla.config import XlaConfig
 from gpt2_xla.model import GPT
+from gpt2_xla.muon import orthogonalized
 from gpt2_xla.runtime.mesh import AXES, ROWS, Layout, mesh_shape
 from gpt2_xla.runtime.stop_signals import StopRequest
 from gpt2_xla.runtime.tpu_host import tpu_chips
@@ -81,8 +82,10 @@ class XlaSpmdRuntime(XlaRuntime):
         if isinstance(optimizer, optimizers.MuonAndAdam):
             names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
             # Each device orthogonalizes whole matrices of its own: cut ones would be added up in every product.
-            optimizer.muon.spread = lambda stacked: self.partition.cut(stacked, (AXES, WHOLE, WHOLE))
-            optimizer.muon.gather = lambda update, parameter: self.partition.cut(
+            optimizer.muon.orthogonalize = lambda stacked: orthogonalized(
+                self.partition.cut(stacked, (AXES, WHOLE, WHOLE))
+            )
+            optimizer.muon.cut = lambda update, parameter: self.partition.cut(
                 update, self.partition.stored(names[parameter], parameter)
             )
 
