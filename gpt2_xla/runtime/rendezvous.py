@@ -14,6 +14,7 @@ from gpt2_xla.errors import UserError
 WAIT = timedelta(minutes=10)  # for a host to come; then for any collective
 SAME = "start the command on every host with the same --nnodes, --nproc_per_node and --rdzv-endpoint"
 SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+TRIAL = "GPT2_XLA_TRIAL"  # set in processes that try something beside those of the run: their number
 
 
 def backend_mistakes(wanted: str, device: str) -> list[str]:
@@ -104,7 +105,7 @@ def restart_note(environment: Mapping[str, str]) -> str | None:
 
 
 def _store(environment: Mapping[str, str], wait: timedelta) -> dist.Store:  # type: ignore[name-defined]
-    """The agents' store, or one that rank 0 opens.
+    """The agents' store, or one that rank 0 opens, and that the trials of --find-batch share.
 
     torchrun 2.9 keeps its store over a restart, with the addresses of the workers that died: a new one that reads them too
     early cannot connect (pytorch issue 135712). On one host the count of restarts gives all the same fresh keys; on several,
@@ -114,12 +115,14 @@ def _store(environment: Mapping[str, str], wait: timedelta) -> dist.Store:  # ty
     store = dist.TCPStore(  # type: ignore[attr-defined]
         environment["MASTER_ADDR"],
         int(environment["MASTER_PORT"]),
-        is_master=not of_agent and environment["RANK"] == "0",
+        is_master=not of_agent and environment["RANK"] == "0" and TRIAL not in environment,
         timeout=wait,
         wait_for_workers=False,
         multi_tenant=True,
     )
     restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if TRIAL in environment:
+        return dist.PrefixStore(f"restart_{restarts}_trial_{environment[TRIAL]}", store)  # type: ignore[attr-defined]
     return dist.PrefixStore(f"restart_{restarts}", store) if of_agent and _one_host(environment) else store  # type: ignore[attr-defined]
 
 

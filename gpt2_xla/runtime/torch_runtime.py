@@ -22,6 +22,7 @@ from gpt2_xla.data.prefetch import prefetch
 from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
 from gpt2_xla.runtime.base import CompileStats
+from gpt2_xla.runtime.memory import memory_mistakes
 from gpt2_xla.runtime.peaks import gpu_peak
 from gpt2_xla.runtime.recomputation import recompute_activations
 from gpt2_xla.runtime.rendezvous import backend_mistakes, open_group, pick_backend
@@ -176,6 +177,10 @@ class TorchRuntime:
     def agree_on(self, value: int) -> bool:
         return self._votes is None or self._votes.equal(value)
 
+    def smallest(self, value: int) -> int:
+        """The smallest of the numbers that the replicas pass; waits for them."""
+        return value if self._votes is None else self._votes.smallest(value)
+
     def abandon(self, error: Exception) -> None:
         """torchrun sees the exit status; there is nobody else to tell."""
 
@@ -281,6 +286,8 @@ def device_mistakes(config: TorchConfig) -> list[str]:
         )
     if world_size() > 1 or config.ddp_backend != "auto":
         mistakes += backend_mistakes(config.ddp_backend, kind)
+    if config.find_batch:
+        mistakes += memory_mistakes(kind)
     if config.mixed_precision == "fp16" and kind != "cuda":
         mistakes.append(
             f"--mixed-precision fp16 needs a CUDA GPU, but the device is {kind}; use --mixed-precision bf16 or no"

@@ -39,9 +39,13 @@ class Votes:
 
     def equal(self, value: int) -> bool:
         """Whether all processes call this with the same number; waits for them."""
-        extremes = torch.tensor([value, -value])
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(extremes[0] == -extremes[1])
+        return self.smallest(value) == -self.smallest(-value)
+
+    def smallest(self, value: int) -> int:
+        """The smallest of the numbers that the processes call this with; waits for them."""
+        found = torch.tensor(value)
+        dist.all_reduce(found, op=dist.ReduceOp.MIN, group=self._group)
+        return int(found)
 
     def close(self) -> None:
         """Let the last vote arrive; after an error of this or another process it may never."""
