@@ -56,7 +56,7 @@ def find_batch(config: TorchPretrainConfig, runtime: TorchRuntime, stop: StopReq
 
     def fits(size: int) -> bool:
         nonlocal stopped
-        outcome = _try(_with_batch(config, size), runtime, stop, limit, last_hope=size == sizes[0])
+        outcome = _try(with_batch(config, size), runtime, stop, limit, last_hope=size == sizes[0])
         stopped = outcome == Outcome.STOPPED
         return outcome == Outcome.FITS
 
@@ -66,9 +66,9 @@ def find_batch(config: TorchPretrainConfig, runtime: TorchRuntime, stop: StopReq
     if found is None:
         raise UserError(
             f"--find-batch: not even --train-batch-size {sizes[0]} fits into {limit / GIB:.2f} GiB a process; use "
-            "--activation-checkpointing block, a shorter --seq-length or a smaller model"
+            "--activation-checkpointing block, a shorter --seq-length, a smaller --eval-batch-size or a smaller model"
         )
-    chosen = _with_batch(config, found)
+    chosen = with_batch(config, found)
     accumulation = (
         "" if config.data.batch_size_schedule else f" --gradient-accum-step {chosen.data.gradient_accum_step}"
     )
@@ -93,7 +93,7 @@ def largest(sizes: list[int], fits: Callable[[int], bool]) -> int | None:
     return sizes[low] if low >= 0 else None
 
 
-def _with_batch(config: TorchPretrainConfig, size: int) -> TorchPretrainConfig:
+def with_batch(config: TorchPretrainConfig, size: int) -> TorchPretrainConfig:
     """The run with another micro-step and as many sequences a step; it searches no more."""
     accumulation = config.batch_sizes.sequences(0) // size
     if config.data.batch_size_schedule is not None:
@@ -114,10 +114,8 @@ def _try(config: TorchPretrainConfig, runtime: TorchRuntime, stop: StopRequest, 
         while True:
             mine = Outcome.STOPPED if stop.requested else trial.outcome()
             worst, running = Outcome(runtime.smallest(mine)), runtime.smallest(-mine) == -Outcome.RUNNING
-            if worst in (
-                Outcome.REFUSED,
-                Outcome.FAILED,
-            ):  # perhaps only because another one is gone, which its own parent is about to see
+            if worst in (Outcome.REFUSED, Outcome.FAILED):
+                # Perhaps only because another one is gone: its own parent is about to see that.
                 failed_since = failed_since or time.monotonic()
                 waited = time.monotonic() - failed_since > PATIENCE
                 if runtime.smallest(int(waited)):
@@ -180,10 +178,7 @@ class _Trial:
             return Outcome.SHORT if over else Outcome.RUNNING
         if status == 0:
             return Outcome.SHORT if self._watched and self.peak() > self._limit else Outcome.FITS
-        if status in (
-            DOES_NOT_FIT,
-            -signal.SIGKILL,
-        ):  # SIGKILL comes from the kernel, when the machine is out of memory
+        if status in (DOES_NOT_FIT, -signal.SIGKILL):  # a kill is the kernel's, when the machine is out of memory
             return Outcome.SHORT
         return Outcome.REFUSED if status == UserError.status else Outcome.FAILED
 
@@ -198,13 +193,13 @@ class _Trial:
 
 
 def _trial_config(config: TorchPretrainConfig) -> TorchPretrainConfig:
-    """A run of at most two micro-steps a step, the second of which holds the gradients of the first, and with no other work."""
+    """A run of at most two micro-steps a step, the second of which holds the gradients of the first, and one of validation."""
     sizes = config.batch_sizes
     most = max(micro_steps for _, micro_steps in sizes.stages)
     data = dataclasses.replace(
         config.data, batch_size_schedule=None, gradient_accum_step=min(2, most), verify_data="size"
     )
-    run = dataclasses.replace(config.run, remote_dir=None, from_checkpoint=None)
+    run = dataclasses.replace(config.run, remote_dir=None, from_checkpoint=None, valid_steps=1)
     logging = dataclasses.replace(config.logging, sample_interval=0, wandb_logging=False)
     return dataclasses.replace(config, data=data, run=run, logging=logging)
 

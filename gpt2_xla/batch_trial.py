@@ -22,9 +22,7 @@ MARK = "gpt2_xla.batch_trial "  # before the result, whatever else a library pri
 def main() -> None:
     """Print the peak memory of the configured step, in bytes, or end with DOES_NOT_FIT."""
     die_with(int(os.environ["GPT2_XLA_PARENT"]))  # before the slow imports
-    with contextlib.suppress(
-        OSError
-    ):  # if the whole machine runs out of memory, this process shall end before any other
+    with contextlib.suppress(OSError):  # where the whole machine runs out of memory, this process shall end first
         Path("/proc/self/oom_score_adj").write_text("1000")
     from gpt2_xla.runtime.memory import is_out_of_memory
 
@@ -40,12 +38,15 @@ def main() -> None:
 
 
 def try_steps(config: TorchPretrainConfig, limit: int) -> int:
-    """Train a few steps from random weights as a run does, with the copy of all state that a save makes; the peak in bytes."""
+    """A few steps from random weights as a run takes them, with a batch of validation and the copies that a save makes.
+
+    Returns the peak of the memory in bytes.
+    """
     from gpt2_xla import optim
     from gpt2_xla.data.pretraining import PretrainingData
     from gpt2_xla.runtime.memory import hold_to, peak
     from gpt2_xla.runtime.torch_runtime import TorchRuntime
-    from gpt2_xla.train import start_run, train_step
+    from gpt2_xla.train import evaluate_now, start_run, train_step
 
     runtime = TorchRuntime(config.runtime)
     hold_to(runtime.device, limit)
@@ -59,6 +60,8 @@ def try_steps(config: TorchPretrainConfig, limit: int) -> int:
         runtime.fetch_later(values)()
         runtime.to_host(dict(run.model.named_parameters()), copies[0])  # a run keeps them from its first save on
         runtime.to_host(optim.named_state(run.model, run.optimizer), copies[1])
+    if data.valid is not None:
+        evaluate_now(run)
     runtime.close()
     return peak(runtime.device)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from small_runs import run_here
 
 import run_pretrain
-from gpt2_xla.batch_search import _with_batch, largest, micro_batches
+from gpt2_xla.batch_search import largest, micro_batches, with_batch
 from gpt2_xla.config import DataConfig, TorchConfig, TorchPretrainConfig
 from gpt2_xla.runtime.memory import memory_mistakes
 from gpt2_xla.validation import config_mistakes, replica_mistakes
@@ -132,7 +132,7 @@ def test_every_micro_batch_makes_the_batches_of_every_step_and_none_is_missing(
     wanted = [size for size in range(1, 500) if size % processes == 0 and not any(n % size for n in sequences)]
     assert sizes == wanted
     for size in sizes:
-        found = _with_batch(config, size)
+        found = with_batch(config, size)
         assert [found.batch_sizes.sequences(step) for step in range(100)] == sequences
         assert found.data.train_batch_size == size
         assert not found.runtime.find_batch
