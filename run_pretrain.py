@@ -16,6 +16,7 @@ def main() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with(os.getppid())
     with StopSignals() as stop:  # before the slow imports: a signal that comes during them is heard too
+        from gpt2_xla.batch_search import find_batch
         from gpt2_xla.runtime.maintenance import watch_maintenance
         from gpt2_xla.runtime.torch_runtime import device_mistakes, world_size
         from gpt2_xla.runtime.torch_sharding import open_torch_runtime, sharding_mistakes
@@ -36,7 +37,10 @@ def main() -> None:
         )
         runtime = open_torch_runtime(start.config.runtime, stop)
         try:
-            pretrain(start.config, runtime, start.source)
+            config = start.config
+            if config.runtime.find_batch and not config.run.do_test:
+                config = find_batch(config, runtime, stop)
+            pretrain(config, runtime, start.source)
         finally:
             runtime.close()
 

@@ -1,5 +1,6 @@
 """How many sequences each optimizer step sees: --gradient-accum-step, or --batch-size-schedule. A pure function of the step."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ class BatchSizes:
     def before(self, step: int) -> int:
         """Sequences of all the steps before `step`."""
         return sum(count * micro_steps for count, micro_steps in self.spans(0, step)) * self.micro_batch
+
+    @property
+    def common(self) -> int:
+        """The greatest number of sequences of which every step has a multiple."""
+        return self.micro_batch * math.gcd(*(micro_steps for _, micro_steps in self.stages))
 
     def begins(self, step: int) -> bool:
         """Whether a later stage begins with `step`."""

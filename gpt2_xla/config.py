@@ -289,6 +289,14 @@ class TorchConfig(RuntimeConfig):
         portable=False,
     )
     compile: bool = option(False, "compile the model with torch.compile")
+    find_batch: bool = option(
+        False,
+        "before training, measure the largest --train-batch-size that fits into memory, and set --gradient-accum-step so that a step sees as many sequences as these two flags say together; config.json holds what was found",
+    )
+    memory_limit: float | None = option(
+        None,
+        "GiB that --find-batch may plan with for each process, of the GPU or, on a CPU, of RAM, a tenth of which stays free; default: what is free",
+    )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from gpt2_xla import checkpoint, cli, pretrained
-from gpt2_xla.config import PretrainConfig, RunConfig
+from gpt2_xla.config import DataConfig, PretrainConfig, RunConfig, TorchConfig
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.manifest import Manifest
 from gpt2_xla.data.train_dirs import parse_train_dirs
@@ -60,6 +60,7 @@ def pretrain_start(
         mistakes += _optimizer_conflict(parsed.config, saved, source)
         parsed = dataclasses.replace(parsed, config=_with_folder(parsed, source))
         parsed = dataclasses.replace(parsed, config=_with_remote_dir(parsed, source))
+        parsed = dataclasses.replace(parsed, config=_with_found_batch(parsed.config, saved, source))
         mistakes += [*_steps_mistakes(parsed.config, state.step), *profile_mistakes(parsed.config, state.step)]
     mistakes += [*_folder_mistakes(parsed.config, source), *_remote_mistakes(parsed.config, source)]
     config = parsed.config
@@ -229,6 +230,22 @@ def _with_remote_dir(parsed: cli.Parsed[Config], source: Path) -> Config:
     if "remote_dir" in parsed.explicit or _is_own(parsed.config, source):
         return parsed.config
     return dataclasses.replace(parsed.config, run=dataclasses.replace(parsed.config.run, remote_dir=None))
+
+
+def _with_found_batch(config: Config, saved: PretrainConfig, source: Path) -> Config:
+    """The configuration with what --find-batch found when the run began, unless its steps shall see other batches now."""
+    runtime, data = config.runtime, saved.data
+    if not (isinstance(runtime, TorchConfig) and runtime.find_batch and _is_own(config, source)):
+        return config
+    if _sequences(config.data) != _sequences(data):
+        return config
+    found = {"train_batch_size": data.train_batch_size, "gradient_accum_step": data.gradient_accum_step}
+    return cli.replace_fields(config, {**found, "find_batch": False})
+
+
+def _sequences(data: DataConfig) -> str | int:
+    """What says how many sequences a step sees."""
+    return data.batch_size_schedule or data.train_batch_size * data.gradient_accum_step
 
 
 def _model_conflicts(config: PretrainConfig, saved: PretrainConfig, name: str, free: Sequence[str] = ()) -> list[str]:

@@ -18,6 +18,7 @@ def config_mistakes(config: PretrainConfig, explicit: Set[str] = frozenset()) ->
         *_range_mistakes(config),
         *model_mistakes(config.model),
         *_batch_mistakes(config),
+        *_memory_mistakes(config, explicit),
         *_schedule_mistakes(config),
         *_weight_decay_mistakes(config),
         *_idle_mistakes(config, explicit),
@@ -32,15 +33,39 @@ def config_mistakes(config: PretrainConfig, explicit: Set[str] = frozenset()) ->
 def replica_mistakes(config: PretrainConfig, world_size: int) -> list[str]:
     """Batches that do not divide into the replicas, with the nearest that do."""
     mistakes = []
-    for flag, size in (
-        ("--train-batch-size", config.data.train_batch_size),
-        ("--eval-batch-size", config.data.eval_batch_size),
-    ):
+    for flag, size in (_shared_out(config), ("--eval-batch-size", config.data.eval_batch_size)):
         if size % world_size:
             below, above = size - size % world_size, size - size % world_size + world_size
             use = f"{below} or {above}" if below else f"{above}"
             mistakes.append(f"{flag} {size} is not divisible by the {world_size} replicas; use {use}")
     return mistakes
+
+
+def _shared_out(config: PretrainConfig) -> tuple[str, int]:
+    """What the replicas must divide of each training batch; with --find-batch all of a step, for any accumulation will do."""
+    data = config.data
+    if not (isinstance(config.runtime, TorchConfig) and config.runtime.find_batch):
+        return "--train-batch-size", data.train_batch_size
+    if data.batch_size_schedule is not None and not _batch_mistakes(config):
+        flag = f"--find-batch: the greatest common divisor of --batch-size-schedule {data.batch_size_schedule},"
+        return flag, config.batch_sizes.common
+    flag = (
+        f"--find-batch: --train-batch-size {data.train_batch_size} × --gradient-accum-step {data.gradient_accum_step} ="
+    )
+    return flag, data.train_batch_size * data.gradient_accum_step
+
+
+def _memory_mistakes(config: PretrainConfig, explicit: Set[str]) -> list[str]:
+    runtime = config.runtime
+    if not isinstance(runtime, TorchConfig) or runtime.memory_limit is None:
+        return []
+    if not 0 < runtime.memory_limit < math.inf:
+        return [f"--memory-limit {runtime.memory_limit:g} must be a number of GiB above 0"]
+    if "memory_limit" in explicit and "find_batch" not in explicit:
+        return [
+            f"--memory-limit {runtime.memory_limit:g} has no meaning without --find-batch; add it, or leave --memory-limit out"
+        ]
+    return []
 
 
 def _range_mistakes(config: PretrainConfig) -> list[str]:

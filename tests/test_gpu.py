@@ -42,6 +42,24 @@ def test_losses_agree_with_float32_on_the_cpu(flags, tolerance, tmp_path, text_d
     assert losses(tmp_path) == pytest.approx(cpu_float32, abs=tolerance)
 
 
+def test_the_batch_found_is_the_largest_that_fits_and_changes_no_loss(tmp_path, text_data):
+    heavy = [*TINY, "--vocab-size", "32768", "--loss-chunk", "0", "--seq-length", "256", *data_flags(text_data)]
+    heavy += [
+        "--train-batch-size",
+        "128",
+        "--train-steps",
+        "2",
+        "--valid-interval",
+        "0",
+    ]  # 4 GiB of float32 logits at once
+    run(*TRAIN, *heavy, "--checkpoints-dir", tmp_path / "whole", timeout=170)
+    limit = ("--find-batch", "--memory-limit", "2")
+    output = run(*TRAIN, *heavy, *limit, "--checkpoints-dir", tmp_path / "found", timeout=170)
+    assert "  128: does not fit" in output
+    assert "found --train-batch-size " in output
+    assert losses(tmp_path / "found") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_a_step_never_waits_for_the_device(precision, text_data, tmp_path):
     config = TorchPretrainConfig(

@@ -6,7 +6,6 @@ import os
 import resource
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,10 +23,12 @@ from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
 from gpt2_xla.runtime.base import CompileStats
 from gpt2_xla.runtime.cpu_attention import cpu_attention
+from gpt2_xla.runtime.memory import memory_mistakes
 from gpt2_xla.runtime.peaks import gpu_peak
 from gpt2_xla.runtime.recomputation import recompute_activations
+from gpt2_xla.runtime.rendezvous import backend_mistakes, open_group, pick_backend
 from gpt2_xla.runtime.stop_signals import StopRequest, StopSource
-from gpt2_xla.runtime.votes import Votes, restart_store
+from gpt2_xla.runtime.votes import Votes
 from gpt2_xla.shares import Share, whole_shares
 
 Called = TypeVar("Called", bound=Callable[..., Any])
@@ -47,7 +48,7 @@ class TorchRuntime:
         self.device = torch.device(kind) if kind == "cpu" else torch.device(kind, local_rank)
         if kind != "cpu":
             torch.accelerator.set_device_index(local_rank)
-        self.backend = ("nccl" if kind == "cuda" else "gloo") if config.ddp_backend == "auto" else config.ddp_backend
+        self.backend = pick_backend(config.ddp_backend, kind)
         if config.matmul_precision != "highest":  # torch's own default
             torch.set_float32_matmul_precision(config.matmul_precision)
         self._scaler = GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
@@ -55,16 +56,7 @@ class TorchRuntime:
         self._stop: StopSource = stop or StopRequest()
         self._votes: Votes | None = None
         if self.world_size > 1:
-            device_id = self.device if self.backend == "nccl" else None
-            dist.init_process_group(
-                self.backend,
-                store=restart_store(),
-                rank=self.rank,
-                world_size=self.world_size,
-                timeout=timedelta(minutes=10),
-                device_id=device_id,
-            )
-            self._stop = self._votes = Votes(stop or StopRequest(), dist.new_group(backend="gloo"))
+            self._stop = self._votes = Votes(stop or StopRequest(), open_group(self.backend, self.device))
 
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
@@ -198,6 +190,10 @@ class TorchRuntime:
     def agree_on(self, value: int) -> bool:
         return self._votes is None or self._votes.equal(value)
 
+    def smallest(self, value: int) -> int:
+        """The smallest of the numbers that the replicas pass; waits for them."""
+        return value if self._votes is None else self._votes.smallest(value)
+
     def abandon(self, error: Exception) -> None:
         """torchrun sees the exit status; there is nobody else to tell."""
 
@@ -307,8 +303,10 @@ def device_mistakes(config: TorchConfig) -> list[str]:
         mistakes.append(
             f"--nproc_per_node={processes}, but this machine has {count} {kind} devices; start at most {count} processes"
         )
-    if config.ddp_backend == "nccl" and kind != "cuda":
-        mistakes.append(f"--ddp-backend nccl needs CUDA devices, but the device is {kind}; use --ddp-backend gloo")
+    if world_size() > 1 or config.ddp_backend != "auto":
+        mistakes += backend_mistakes(config.ddp_backend, kind)
+    if config.find_batch:
+        mistakes += memory_mistakes(kind)
     if config.mixed_precision == "fp16" and kind != "cuda":
         mistakes.append(
             f"--mixed-precision fp16 needs a CUDA GPU, but the device is {kind}; use --mixed-precision bf16 or no"

@@ -1,7 +1,6 @@
 """Processes that share nothing but a gloo group agree: on when to stop, and on where they begin."""
 
 import contextlib
-import os
 from datetime import timedelta
 
 import torch
@@ -40,9 +39,13 @@ class Votes:
 
     def equal(self, value: int) -> bool:
         """Whether all processes call this with the same number; waits for them."""
-        extremes = torch.tensor([value, -value])
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(extremes[0] == -extremes[1])
+        return self.smallest(value) == -self.smallest(-value)
+
+    def smallest(self, value: int) -> int:
+        """The smallest of the numbers that the processes call this with; waits for them."""
+        found = torch.tensor(value)
+        dist.all_reduce(found, op=dist.ReduceOp.MIN, group=self._group)
+        return int(found)
 
     def close(self) -> None:
         """Let the last vote arrive; after an error of this or another process it may never."""
@@ -56,22 +59,6 @@ class Votes:
         work = dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert work is not None
         self._cast = (work, vote)
-
-
-def restart_store() -> dist.Store | None:  # type: ignore[name-defined]
-    """The store by which workers that torchrun restarted on one host find each other; None: torch's own way is right.
-
-    torchrun 2.9 keeps its store over a restart, with the addresses of the workers that died: a new one that reads them too
-    early cannot connect (pytorch issue 135712). On several hosts, whose counts of restarts may differ, set
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
-    """
-    environment = os.environ
-    restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-    one_host = environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE")
-    if restarts == "0" or not one_host or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    agent = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
-    return dist.PrefixStore(f"restart_{restarts}", agent)  # type: ignore[attr-defined]
 
 
 def join_hosts(address: str, port: int, rank: int, hosts: int) -> None:

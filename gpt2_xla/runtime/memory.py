@@ -1,0 +1,61 @@
+"""Memory of a torch device: how much a process may take, how to hold it to that, and how running out of it looks."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from gpt2_xla.doctor.host import memory
+
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
+
+
+def memory_mistakes(device: str) -> list[str]:
+    """Why --find-batch can't measure on a device of that type; empty if it can."""
+    if device == "cuda" or (device == "cpu" and sys.platform == "linux"):
+        return []
+    return [
+        f"--find-batch measures memory on CUDA GPUs and, on Linux, on CPUs, but the device is {device}; leave it out"
+    ]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take: of the GPU; of a CPU's memory its share among this host's processes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available, _, _ = memory()
+    return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def hold_to(device: torch.device, limit: int) -> None:
+    """Have this process run out of memory at `limit` bytes of a GPU. On a CPU only its parent can see to that."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info(device)[1]), device)
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes that this process has held so far: of the GPU by torch; on a CPU all that was resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return _status(os.getpid(), "VmHWM")  # ru_maxrss would count the parent, which this process was forked from
+
+
+def resident(pid: int) -> int:
+    """Bytes of RAM that a process holds; 0 if it is gone."""
+    try:
+        return _status(pid, "VmRSS")
+    except OSError:
+        return 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the host, has no more memory."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def _status(pid: int, field: str) -> int:
+    """A size from /proc/PID/status, in bytes; 0 for a process that has ended but was not waited for."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)

@@ -1,0 +1,198 @@
+"""torchrun over two hosts: a lost one comes back, a signal to one stops both, and who can't find the others says so."""
+
+import itertools
+import os
+import signal
+import socket
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+from commands import (
+    PYTHON,
+    ROOT,
+    TINY,
+    TRAIN,
+    data_flags,
+    finish,
+    losses,
+    records,
+    replica_processes,
+    run,
+    start,
+    torchrun,
+    wait_for_step,
+)
+from two_hosts import first_process, power_off, two_hosts, why_not
+
+from gpt2_xla.errors import UserError
+from gpt2_xla.runtime.rendezvous import backend_mistakes, meet, restart_note
+
+STATE = ("model.safetensors", "trainer_state/optimizer.safetensors")
+PAUSING = ROOT / "tests" / "pausing_run.py"
+
+
+@pytest.fixture(scope="module")
+def skipped_for():
+    """Why this machine can't make two hosts, found once."""
+    return why_not()
+
+
+@pytest.fixture
+def hosts(skipped_for, tmp_path):
+    if skipped_for:
+        pytest.skip(skipped_for)
+    with two_hosts(tmp_path) as made:
+        yield made
+
+
+def flags(data, folder, steps=60):
+    return [*TINY, *data_flags(data), "--train-steps", steps, "--save-interval", 20, "--checkpoints-dir", folder]
+
+
+def final_bytes(run_dir, step=60):
+    return [(run_dir / f"step-{step:08d}" / name).read_bytes() for name in STATE]
+
+
+def test_a_host_that_died_comes_back_and_the_run_ends_as_if_nothing_had_been(hosts, tmp_path, text_data):
+    run(*torchrun(2), *flags(text_data, tmp_path / "whole"))
+    pause = {"PAUSE_AT": "30", "PAUSE_SECONDS": "3"}  # so that the run does not end before its host does
+    folder = tmp_path / "run"
+    one, other = (host.torchrun(PAUSING, *flags(text_data, folder), **pause) for host in hosts)
+    wait_for_step(one, folder, 29)
+    power_off(other)
+    again = hosts[1].torchrun(ROOT / "run_pretrain.py", *flags(text_data, folder))
+    outputs = [finish(process) for process in (one, again)]
+    assert [process.returncode for process in (one, again)] == [0, 0], outputs
+    assert "resuming after step 20 of 60" in outputs[0]
+    assert "note: --max-restarts" not in outputs[0]
+    assert final_bytes(folder) == final_bytes(tmp_path / "whole")
+    last = {record["step"]: record["loss"] for record in records(folder)}  # steps 21 to 30 stand there twice
+    assert [last[step] for step in range(1, 61)] == losses(tmp_path / "whole")
+
+
+def test_a_signal_to_one_host_stops_both_at_the_same_step_and_the_same_command_continues(hosts, tmp_path, text_data):
+    folder = tmp_path / "run"
+    processes = [host.torchrun(ROOT / "run_pretrain.py", *flags(text_data, folder, 100_000)) for host in hosts]
+    wait_for_step(processes[0], folder, 5)
+    torchruns = [first_process(process) for process in processes]
+    os.kill(torchruns[1], signal.SIGTERM)  # on host-b; rank 0 is on host-a
+    assert "gpt2_xla/" not in finish(processes[1]).split("Traceback")[-1]  # torchrun's own error, as after any signal
+    deadline = time.monotonic() + 60
+    while replica_processes(torchruns[0]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    output = power_off(processes[0])  # torchrun there waits up to 5 minutes for the other one, which is gone
+    stopped = max(record["step"] for record in records(folder))
+    assert f"stopped at step {stopped} of 100000; the same command continues" in output
+    assert "Traceback" not in output
+    on_one = run(*TRAIN, "--checkpoints-dir", folder, "--train-steps", stopped + 2)
+    assert f"resuming after step {stopped} of {stopped + 2}" in on_one
+
+
+def test_a_host_whose_own_name_is_loopback_says_which_variable_mends_it(hosts, tmp_path, text_data):
+    for host in hosts:  # as Debian's installer writes /etc/hosts
+        own = tmp_path / f"hosts-of-{host.name}"
+        own.write_text(f"127.0.0.1 localhost\n127.0.1.1 {host.name}\n")
+        host.names = own
+    command = [*TRAIN, *flags(text_data, tmp_path / "run", 2)]
+    world = {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29501", "WORLD_SIZE": "2"}
+    processes = [host.start(*command, **world, RANK=str(rank)) for rank, host in enumerate(hosts)]
+    deadline = time.monotonic() + 60
+    while not (ended := [process for process in processes if process.poll() is not None]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    told = finish(ended[0])  # the other one may wait; torchrun would end it
+    assert ended[0].returncode == 2
+    assert f"error: the 2 processes met at {hosts[0].address}:29501, but rank" in told
+    assert "set GLOO_SOCKET_IFNAME to the network interface that joins them" in told
+    assert "Traceback" not in told
+    assert "/third_party/" not in told.split("error: ")[-1]
+    for host in hosts:
+        host.close()
+    world |= {"GLOO_SOCKET_IFNAME": "cable"}
+    processes = [host.start(*command, **world, RANK=str(rank)) for rank, host in enumerate(hosts)]
+    outputs = [finish(process, 60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+
+
+@pytest.fixture
+def port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return str(free.getsockname()[1])
+
+
+def test_hosts_that_count_otherwise_are_told(port, tmp_path, text_data):
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [*TRAIN, *TINY, "--train-batch-size", 6, "--eval-batch-size", 6, *data_flags(text_data)]
+    command += ["--checkpoints-dir", tmp_path, "--device", "cpu"]
+    processes = [start(*command, **world, RANK=str(rank), WORLD_SIZE=str(2 + rank)) for rank in range(2)]
+    outputs = [finish(process, 60) for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert not any("Traceback" in output for output in outputs)
+    assert (
+        "error: rank 1 was started as one of 3 processes, rank 0 as one of 2; start the command on every" in outputs[0]
+    )
+    assert outputs[1].count("error: rank ") == 1  # the same, or that rank 0 is gone
+
+
+def environment(rank, port, **more):
+    return {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **more}
+
+
+def test_who_waits_in_vain_says_for_whom(port):
+    with pytest.raises(
+        UserError, match=f"^rank 0 of 2 waited at 127.0.0.1:{port} for rank 1, which did not come within 1 s"
+    ):
+        meet(environment(0, port), timedelta(seconds=1))
+
+
+def test_who_finds_nobody_says_where(port):
+    with pytest.raises(UserError, match=f"^rank 1 of 2 finds no rank 0 at 127.0.0.1:{port} within 1 s"):
+        meet(environment(1, port), timedelta(seconds=1))
+
+
+def test_a_port_that_is_taken_is_told():
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="in use"):
+        meet(environment(0, str(taken.getsockname()[1])), timedelta(seconds=1))
+
+
+@pytest.mark.parametrize("local, restarts, shared", itertools.product((1, 2), (0, 3), (False, True)))
+def test_several_hosts_that_could_not_restart_are_told_why(local, restarts, shared):
+    given = {"LOCAL_WORLD_SIZE": str(local), "WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": str(restarts)}
+    note = restart_note({**given, "TORCHELASTIC_USE_AGENT_STORE": str(shared)})
+    assert (note is not None) == (local == 1 and restarts == 3 and shared)
+    assert note is None or "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is not set on all hosts" in note
+
+
+@pytest.mark.parametrize(
+    "wanted, device, built, said",
+    [
+        (
+            "nccl",
+            "cpu",
+            ("gloo", "nccl"),
+            "--ddp-backend nccl needs CUDA devices, but the device is cpu; use --ddp-backend gloo",
+        ),
+        ("nccl", "cuda", ("gloo",), f"this build of torch, {torch.__version__}, has no nccl; use --ddp-backend gloo"),
+        ("auto", "cuda", ("gloo",), "--ddp-backend auto: this build of torch"),
+        ("gloo", "cpu", ("nccl",), "has no gloo; install another build of torch, or start one process"),
+        ("gloo", "cuda", ("nccl",), "has no gloo; use --ddp-backend nccl"),
+    ],
+)
+def test_a_backend_that_can_not_be_is_told(monkeypatch, wanted, device, built, said):
+    monkeypatch.setattr(torch.distributed, "is_backend_available", built.__contains__)
+    (mistake,) = backend_mistakes(wanted, device)
+    assert said in mistake
+
+
+@pytest.mark.parametrize("wanted, device", [("auto", "cpu"), ("gloo", "cpu"), ("gloo", "cuda"), ("auto", "mps")])
+def test_a_backend_of_every_build_is_fine(wanted, device):
+    assert backend_mistakes(wanted, device) == []
+
+
+def test_a_backend_that_nobody_has_is_refused(text_data):
+    process = start(*PYTHON, ROOT / "run_pretrain.py", *TINY, *data_flags(text_data), "--ddp-backend", "mpi")
+    assert "error: --ddp-backend mpi is not one of auto, gloo, nccl" in finish(process)
+    assert process.returncode == 2
