@@ -27,7 +27,7 @@ from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
 from gpt2_xla.runtime.base import CompileStats
 from gpt2_xla.runtime.micro_step_loop import MicroStepLoop
-from gpt2_xla.runtime.peaks import tpu_peak
+from gpt2_xla.runtime.peaks import gpu_peak, tpu_peak
 from gpt2_xla.runtime.replica_board import ReplicaBoard
 from gpt2_xla.runtime.stop_signals import StopSource
 from gpt2_xla.runtime.torch_runtime import clip_gradients
@@ -211,15 +211,19 @@ class XlaRuntime:
         return xla_profile(folder)
 
     def peak_memory(self) -> int | None:
-        if xr.device_type() == "TPU":
+        if xr.device_type() == "CPU":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        try:
             information = xm.get_memory_info(self.device)
-            return int(information.get("peak_bytes_used", information["bytes_used"]))
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        except RuntimeError:  # a plugin may leave that out
+            return None
+        return int(information.get("peak_bytes_used", information["bytes_used"]))
 
     def peak_flops(self) -> float | None:
-        if xr.device_type() != "TPU" or self.config.mixed_precision == "no":
+        if xr.device_type() == "CPU" or self.config.mixed_precision == "no":
             return None
-        peak = tpu_peak(self._device_kind())
+        kind = self._device_kind()
+        peak = tpu_peak(kind) or gpu_peak(kind)
         return peak * self.device_count if peak else None
 
     def _device_kind(self) -> str:
