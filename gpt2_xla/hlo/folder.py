@@ -1,7 +1,8 @@
 """An exported training step: a folder with the program, its first arrays, and what goes where. Needs numpy and safetensors only."""
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,16 +37,15 @@ class ExportedStep:
     flops: float  # model FLOP of one step
     parameters: int
     losses: tuple[float, ...]  # of torch_xla's own run on the CPU, step by step
+    sha256: dict[str, str] = field(default_factory=dict)  # of the two other files
     format: int = FORMAT
 
 
 def write_folder(folder: Path, step: ExportedStep, arrays: dict[str, np.ndarray], program: bytes) -> None:
     """Write the three files, step.json last: a folder without it is not complete."""
-    for name, content in (
-        (PROGRAM, program),
-        (ARRAYS, save(arrays)),
-        (STEP, json.dumps(asdict(step), indent=2).encode()),
-    ):
+    files = {PROGRAM: program, ARRAYS: save(arrays)}
+    step = replace(step, sha256={name: _sha256(content) for name, content in files.items()})
+    for name, content in (*files.items(), (STEP, json.dumps(asdict(step), indent=2).encode())):
         with atomic_write(folder / name) as file:
             file.write(content)
 
@@ -60,7 +60,11 @@ def read_folder(folder: Path) -> tuple[ExportedStep, dict[str, np.ndarray], byte
             )
         raw["arguments"] = tuple(Argument(**one) for one in raw["arguments"])
         step = ExportedStep(**raw | {"losses": tuple(raw["losses"])})
-        arrays, program = load((folder / ARRAYS).read_bytes()), (folder / PROGRAM).read_bytes()
+        files = {name: (folder / name).read_bytes() for name in (PROGRAM, ARRAYS)}
+        for name, content in files.items():
+            if _sha256(content) != step.sha256[name]:
+                raise ValueError(f"{name} has another sha256 than {STEP} says")
+        arrays = load(files[ARRAYS])
     except OSError as error:
         raise UserError(
             f"--folder {folder} is no exported step: {error.strerror} ({error.filename}); write one with --export {folder}"
@@ -69,4 +73,8 @@ def read_folder(folder: Path) -> tuple[ExportedStep, dict[str, np.ndarray], byte
         raise UserError(f"--folder {folder} is damaged ({error}); write it again with --export") from error
     if missing := [one.array for one in step.arguments if one.array not in arrays]:
         raise UserError(f"--folder {folder} is damaged: {ARRAYS} lacks {missing[0]}; write it again with --export")
-    return step, arrays, program
+    return step, arrays, files[PROGRAM]
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

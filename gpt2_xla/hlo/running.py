@@ -34,17 +34,19 @@ def run_step(
     jax.config.update("jax_enable_x64", True)  # tokens are int64
     try:
         device = jax.devices()[0]
-    except RuntimeError as error:
-        raise UserError(f"jax {jax.__version__} finds no device: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError) as error:  # by an assertion where JAX_PLATFORMS names one that is not there
+        reason = (str(error).splitlines() or ["none of the kinds that JAX_PLATFORMS names is there"])[0]
+        raise UserError(f"jax {jax.__version__} finds no device: {reason}") from error
     say(f"compiling for {device.device_kind} ({device.platform})")
     fed = tuple(number for number, one in enumerate(step.arguments) if one.fed_by is not None)
     values = [jax.device_put(_value(one, arrays, 0), device) for one in step.arguments]
     began = time.perf_counter()
     exported = _exported(step, program, values, device.platform)
     try:
-        compiled = jax.jit(exported.call, donate_argnums=fed).lower(*values).compile()
-    except ValueError as error:
+        lowered = jax.jit(exported.call, donate_argnums=fed).lower(*values)
+    except (ValueError, RuntimeError) as error:
         raise UserError(f"jax {jax.__version__} cannot read the program ({error}); export it again") from error
+    compiled = lowered.compile()
     compile_seconds = time.perf_counter() - began
     losses, seconds = [], []
     for number in range(steps):

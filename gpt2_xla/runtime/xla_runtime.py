@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import logging
 import os
 import resource
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 import torch_xla
-import torch_xla.backends
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as xla_metrics
 import torch_xla.runtime as xr
@@ -269,9 +269,13 @@ class _Relay:
 
 def _set_matmul_precision(wanted: str) -> None:
     """float32 matmuls on TPU run in bf16 unless told otherwise; torch_xla's levels are default, high and highest."""
+    if importlib.util.find_spec("torch_xla.backends") is None:  # torch_xla 2.7, which has no way to say it
+        return
+    import torch_xla.backends as backends
+
     logger = logging.getLogger("torch_xla.backends")
     logger.setLevel(logging.ERROR)  # it warns at every call
-    torch_xla.backends.set_mat_mul_precision("default" if wanted == "medium" else wanted)
+    backends.set_mat_mul_precision("default" if wanted == "medium" else wanted)
 
 
 def _open_compile_cache(folder: Path) -> None:
