@@ -6,6 +6,8 @@ A CPU that comes as a plugin stands in for the CUDA plugin (tests/cuda_stand_in.
 import importlib.metadata
 import importlib.util
 import json
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +89,41 @@ def test_the_doctor_looks_at_the_plugins_devices():
 
 
 @needs_stand_in
+def test_two_processes_meet_in_the_coordinator():
+    # Without it neither would get its client. The CPU plugin then knows no others: each is rank 0 of 1, which xmp.spawn ends at.
+    output = finish(start(*STAND_IN, "doctor", GPU_NUM_DEVICES="2", RANK="7", WORLD_SIZE="9"))
+    assert output.count('"stage": "all-reduce"') == 2, output
+    assert "2 results for replica 0" in output
+
+
+@pytest.mark.parametrize(
+    ("rank", "count", "spmd", "devices"), [("1", "2", False, [1]), (None, None, False, [0]), (None, None, True, [0, 1])]
+)
+def test_a_process_of_spawn_takes_its_gpu_and_spmd_all(rank, count, spmd, devices, monkeypatch):
+    from gpt2_xla.runtime import pjrt_cuda
+
+    monkeypatch.setenv("GPU_NUM_DEVICES", "2")
+    monkeypatch.setenv("PJRT_ALLOCATOR_FRACTION", "0.5")
+    monkeypatch.setenv("PJRT_ALLOCATOR_PREALLOCATE", "0")
+    for name, value in (("RANK", rank), ("COUNT", count)):
+        if value is not None:
+            monkeypatch.setenv(f"PJRT_LOCAL_PROCESS_{name}", value)
+    monkeypatch.setattr(pjrt_cuda.torch_xla.runtime, "is_spmd", lambda: spmd)
+    plugin = pjrt_cuda.CudaPlugin(Path("x.so"))
+    assert plugin.client_create_options() == {
+        "platform_name": "cuda",
+        "visible_devices": devices,
+        "node_id": int(rank or 0),
+        "num_nodes": int(count or 1),
+        "allocator": "default",
+        "preallocate": False,
+        "memory_fraction": 0.5,
+    }
+    assert plugin.requires_xla_coordinator() == (count == "2")
+    assert plugin.physical_chip_count() == 2
+
+
+@needs_stand_in
 def test_a_plugin_of_another_api_is_refused_with_both_versions():
     code = (
         "import sys; sys.path.insert(0, 'tests'); import os; os.environ['PJRT_DEVICE'] = 'CUDA'\n"
@@ -125,7 +162,49 @@ def test_the_cuda_plugin_without_a_gpu_is_one_sentence(sharding, text_data, tmp_
     assert "Traceback" not in output
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    cuda_host.read_driver() is None or cuda_host.plugin_library() is None,
+    reason="needs an NVIDIA GPU and jax-cuda12-pjrt",
+)
+def test_a_gpu_trains_as_the_cpu_does(text_data, tmp_path):
+    flags = ("--mixed-precision", "no")
+    folders = [tmp_path / device for device in ("CUDA", "CPU")]
+    for folder in folders:
+        flags_of_run = (*FLAGS, *data_flags(text_data), *flags, "--checkpoints-dir", folder)
+        run(*TRAIN_XLA, *flags_of_run, timeout=170, PJRT_DEVICE=folder.name, GPU_NUM_DEVICES="1")
+    gpu, cpu = map(losses, folders)
+    assert max(abs(a - b) for a, b in zip(gpu, cpu, strict=True)) <= 1e-3
+    assert records(folders[0])[-1]["peak_memory_bytes"] > 0
+
+
 # What is wrong, told before anything starts
+
+
+FAKE_NVML = """
+#include <stdio.h>
+#include <string.h>
+static int gpus[2] = {0, 1};
+int nvmlInit_v2(void) { return 0; }
+int nvmlShutdown(void) { return 0; }
+int nvmlSystemGetCudaDriverVersion_v2(int *cuda) { *cuda = 12040; return 0; }
+int nvmlSystemGetDriverVersion(char *text, unsigned size) { snprintf(text, size, "550.54.15"); return 0; }
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 2; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) { *device = &gpus[index]; return 0; }
+int nvmlDeviceGetName(void *device, char *text, unsigned size) { snprintf(text, size, "GPU %d", *(int *)device); return 0; }
+int nvmlDeviceGetUUID(void *device, char *text, unsigned size) { snprintf(text, size, "GPU-%d", *(int *)device); return 0; }
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, for a library that answers as NVML does")
+def test_nvml_is_asked_for_driver_and_gpus(tmp_path):
+    (tmp_path / "nvml.c").write_text(FAKE_NVML)
+    library = tmp_path / "nvml.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "nvml.c"], check=True, timeout=60)
+    driver = cuda_host.read_driver(str(library))
+    assert driver == Driver("550.54.15", 12_040, (Gpu("GPU 0", "GPU-0"), Gpu("GPU 1", "GPU-1")))
+    assert driver.cuda_text == "12.4"
+    assert cuda_host.read_driver(str(tmp_path / "none.so")) is None
 
 
 @pytest.fixture
