@@ -45,10 +45,10 @@ def try_steps(config: TorchPretrainConfig, limit: int) -> int:
     from gpt2_xla import optim
     from gpt2_xla.data.pretraining import PretrainingData
     from gpt2_xla.runtime.memory import hold_to, peak
-    from gpt2_xla.runtime.torch_runtime import TorchRuntime
+    from gpt2_xla.runtime.torch_sharding import open_torch_runtime
     from gpt2_xla.train import evaluate_now, start_run, train_step
 
-    runtime = TorchRuntime(config.runtime)
+    runtime = open_torch_runtime(config.runtime)
     hold_to(runtime.device, limit)
     data = PretrainingData.open(config, runtime.rank, runtime.world_size)
     run, _ = start_run(config, runtime, data)

@@ -17,6 +17,7 @@ from gpt2_xla.script_config import (
     ExportConfig,
     FinewebConfig,
     GenerateConfig,
+    HloConfig,
     InspectConfig,
     PlanConfig,
     PrepareConfig,
@@ -42,6 +43,7 @@ COMMANDS = {
     "scripts/chaos.py": ChaosConfig,
     "scripts/doctor.py": DoctorConfig,
     "scripts/plan_tpu.py": PlanConfig,
+    "scripts/run_hlo.py": HloConfig,
 }
 
 

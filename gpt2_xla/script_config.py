@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from gpt2_xla.config import XlaPretrainConfig, option
+from gpt2_xla.config import ModelConfig, XlaPretrainConfig, option
 
 OUTPUT_DIR = "folder that receives train/ and valid/"
 
@@ -267,6 +267,32 @@ class DoctorConfig:
         "runs/gpt2", "run folder whose disk is measured and whose newest checkpoint is checked"
     )
     time_limit: int = option(60, "seconds for all checks together; what has not ended by then is killed and reported")
+
+
+@dataclass(frozen=True)
+class HloOptions:
+    """What to export and run"""
+
+    export: str | None = option(
+        None, "write the step to this new folder, with its first arrays and torch_xla's losses, and run nothing"
+    )
+    folder: str | None = option(
+        None,
+        "run the step of this folder, as --export wrote it: jax, numpy and safetensors are enough, and no torch_xla",
+    )
+    steps: int = option(5, "steps to run; the exported learning rates and dropout seeds are of as many")
+    train_batch_size: int = option(8, "sequences per micro-step, of random tokens, the same in each step")
+    gradient_accum_step: int = option(1, "micro-steps per optimizer step")
+    mixed_precision: Literal["no", "bf16"] = option("bf16", "matmul precision of the step")
+    json: bool = option(False, "print JSON instead of text")
+
+
+@dataclass(frozen=True)
+class HloConfig:
+    """Options of scripts/run_hlo.py."""
+
+    model: ModelConfig = ModelConfig()
+    step: HloOptions = HloOptions()
 
 
 @dataclass(frozen=True)

@@ -379,12 +379,12 @@ def test_xla_tells_what_its_installation_lacks(monkeypatch, capsys, text_data, t
 
     monkeypatch.delenv("PJRT_DEVICE", raising=False)
     (found,) = mistakes()
-    assert "PJRT_DEVICE is not set; start with PJRT_DEVICE=TPU" in found
+    assert "PJRT_DEVICE is not set; start with PJRT_DEVICE=TPU or CUDA" in found
     assert "python scripts/doctor.py tells" in found
-    for device in ("CUDA", "tpu", ""):
+    for device in ("CUDA:0", "tpu", ""):
         monkeypatch.setenv("PJRT_DEVICE", device)
         (found,) = mistakes()
-        assert f"PJRT_DEVICE={device} is not supported; use TPU or CPU" in found
+        assert f"PJRT_DEVICE={device} is not supported; use TPU, CUDA or CPU" in found
     monkeypatch.setenv("PJRT_DEVICE", "CPU")
     monkeypatch.setenv("XLA_USE_BF16", "1")
     (found,) = mistakes()

@@ -190,10 +190,10 @@ def main(folder: Path, name: str, number: int) -> None:
 
         launch(first.config, functools.partial(work, seat=seat, options=bench.bench, socket=socket))
     else:
-        from gpt2_xla.runtime.torch_runtime import TorchRuntime
+        from gpt2_xla.runtime.torch_sharding import open_torch_runtime
 
         assert isinstance(first.config, TorchPretrainConfig)
-        runtime = TorchRuntime(first.config.runtime)
+        runtime = open_torch_runtime(first.config.runtime)
         try:
             work(first.config, runtime, seat, bench.bench, socket)
         finally:

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_xla.doctor.children import Deadline, Outcome, run_child
+from gpt2_xla.doctor.cuda_plugin import cuda_plugin
 from gpt2_xla.doctor.finding import Finding, python_command
 from gpt2_xla.doctor.installation import installed, pip_install
 from gpt2_xla.doctor.place import Place
+from gpt2_xla.runtime.cuda_host import cuda_mistakes
 from gpt2_xla.runtime.xla_installation import DEVICES, package_mistakes
 
 GIB = 2**30
@@ -53,6 +55,7 @@ def torch_all_reduce(deadline: Deadline, environ: Mapping[str, str]) -> Iterator
 def xla_devices(deadline: Deadline, place: Place, environ: Mapping[str, str]) -> Iterator[Finding]:
     """The replicas that xmp.spawn starts, with their memory, a matmul, and a sum over them all."""
     device = environ.get("PJRT_DEVICE", "TPU" if place.chips else "CPU")
+    yield from cuda_plugin(environ)
     if reason := _why_no_xla(device, place):
         yield Finding("XLA", "not run", reason)
         return
@@ -78,6 +81,8 @@ def _why_no_xla(device: str, place: Place) -> str | None:
         return "torch_xla does not fit torch"
     if device not in DEVICES:
         return f"PJRT_DEVICE={device} is not supported"
+    if device == "CUDA" and cuda_mistakes():
+        return "PJRT_DEVICE=CUDA cannot work here, see CUDA plugin"
     return "PJRT_DEVICE=TPU, but no TPU here" if device == "TPU" and not place.chips else None
 
 

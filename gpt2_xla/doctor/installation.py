@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gpt2_xla.doctor.finding import Finding, python_command
+from gpt2_xla.runtime.cuda_host import PLUGIN as CUDA_PLUGIN
 from gpt2_xla.runtime.xla_installation import package_mistakes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-CUDA_PLUGIN = "jax-cuda12-pjrt"
 
 
 def installation(has_tpu: bool, root: Path = ROOT) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from gpt2_xla.runtime.xla_installation import DEVICES, HALVING
 # Told if set, whatever their value.
 TOLD = re.compile(
     r"(PJRT|XLA|TPU|LIBTPU|PT_XLA|NCCL|GLOO|TORCH|PYTORCH|TORCHINDUCTOR|TRITON|WANDB|HF|HUGGINGFACE|CUDA_VISIBLE|CUDA_LAUNCH)_.*"
-    r"|CPU_NUM_DEVICES|CLOUD_TPU_TASK_ID|OMP_NUM_THREADS|MKL_NUM_THREADS|TIKTOKEN_CACHE_DIR|XLA_FLAGS"
+    r"|[CG]PU_NUM_DEVICES|CLOUD_TPU_TASK_ID|OMP_NUM_THREADS|MKL_NUM_THREADS|TIKTOKEN_CACHE_DIR|XLA_FLAGS"
 )
 SECRET = re.compile(r"TOKEN(?!IZER)|KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 SLOW = "slows every step"
@@ -87,7 +87,7 @@ def _pjrt(environ: Mapping[str, str], place: Place) -> Iterator[Finding]:
         yield Finding(
             "PJRT_DEVICE",
             "problem",
-            f"{device} is not supported; run_pretrain_xla.py takes {' or '.join(DEVICES)}",
+            f"{device} is not supported; run_pretrain_xla.py takes {', '.join(DEVICES[:-1])} or {DEVICES[-1]}",
             f"export PJRT_DEVICE={best}",
         )
     elif device == "TPU" and not place.chips:

@@ -6,30 +6,33 @@ xmp.spawn starts the replicas as training does; each reports its device, a matmu
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
-import torch_xla.distributed.xla_multiprocessing as xmp
 import torch_xla.runtime as xr
 
 from gpt2_xla.doctor.children import report
 from gpt2_xla.runtime.device_checks import check_all_reduce, check_matmul
+from gpt2_xla.runtime.xla_spawn import spawn_replicas
 
 
 def replica(_: int) -> None:
     """One replica's reports."""
     device = torch_xla.device()
     rank, world = xr.global_ordinal(), xr.world_size()
-    kind = xr.device_type()
-    memory = xm.get_memory_info(device) if kind == "TPU" else {}  # the CPU client does not implement it
+    name = xm.xla_device_kind(device)
+    try:
+        memory = xm.get_memory_info(device)
+    except RuntimeError:  # the CPU client does not tell
+        memory = {}
     report(
         stage="device",
         rank=rank,
         world=world,
-        name=xm.xla_device_kind(device),
-        type=kind,
+        name=name,
+        type=xr.device_type(),
         used=memory.get("bytes_used"),
         total=memory.get("bytes_limit"),
         coordinates=xr.runtime_device_attributes(str(device)).get("coords"),
     )
-    check_matmul(device, "bfloat16", 4096 if kind == "TPU" else 512, wait, rank=rank)
+    check_matmul(device, "bfloat16", 512 if name == "cpu" else 4096, wait, rank=rank)
     check_all_reduce(sum_over_replicas, device, rank, world, wait)
 
 
@@ -45,4 +48,4 @@ def wait() -> None:
 
 
 if __name__ == "__main__":
-    xmp.spawn(replica)
+    spawn_replicas(replica)

@@ -4,9 +4,10 @@ import importlib.metadata
 import importlib.util
 import os
 
+from gpt2_xla.runtime.cuda_host import cuda_mistakes
 from gpt2_xla.runtime.tpu_host import tpu_chips
 
-DEVICES = ("TPU", "CPU")
+DEVICES = ("TPU", "CUDA", "CPU")
 HALVING = (
     "XLA_USE_BF16",
     "XLA_DOWNCAST_BF16",
@@ -19,18 +20,18 @@ def installation_mistakes() -> list[str]:
     device = os.environ.get("PJRT_DEVICE")
     if device is None:
         mistakes.append(
-            "PJRT_DEVICE is not set; start with PJRT_DEVICE=TPU, or PJRT_DEVICE=CPU to try without one "
+            "PJRT_DEVICE is not set; start with PJRT_DEVICE=TPU or CUDA, or PJRT_DEVICE=CPU to try without one "
             "(python scripts/doctor.py tells what this machine has)"
         )
     elif device not in DEVICES:
-        mistakes.append(
-            f"PJRT_DEVICE={device} is not supported; use {' or '.join(DEVICES)} (on NVIDIA GPUs: run_pretrain.py)"
-        )
+        mistakes.append(f"PJRT_DEVICE={device} is not supported; use {', '.join(DEVICES[:-1])} or {DEVICES[-1]}")
     elif device == "TPU" and not tpu_chips():
         mistakes.append(
             "PJRT_DEVICE=TPU, but this machine has no TPU; try the program with PJRT_DEVICE=CPU "
             "(python scripts/doctor.py tells what this machine has)"
         )
+    elif device == "CUDA" and not mistakes:
+        mistakes += cuda_mistakes()
     count = os.environ.get("CPU_NUM_DEVICES", "1")
     if device == "CPU" and not (count.isdecimal() and int(count)):
         mistakes.append(

@@ -50,7 +50,7 @@ def launch(
 
 def run_replicas(config: XlaPretrainConfig, work: Work, replica: Callable[..., None], stop: StopSignals) -> None:
     """Run a replica per device, each with a model of its own."""
-    import torch_xla.distributed.xla_multiprocessing as xmp
+    from gpt2_xla.runtime.xla_spawn import spawn_replicas
 
     # Starting it later would unblock the signals again (CPython's resource_tracker does).
     resource_tracker.ensure_running()
@@ -61,9 +61,7 @@ def run_replicas(config: XlaPretrainConfig, work: Work, replica: Callable[..., N
     supervisor = _Supervisor(board, stop)
     supervisor.start()
     try:
-        xmp.spawn(
-            replica, args=(str(board.path), os.getpid(), config, work), start_method=config.runtime.mp_start_method
-        )
+        spawn_replicas(replica, (str(board.path), os.getpid(), config, work), config.runtime.mp_start_method)
     except Exception as error:  # noqa: BLE001 - replaced by the replica's own error
         if supervisor.interrupted:
             raise KeyboardInterrupt from None
@@ -113,8 +111,9 @@ def machine_mistakes(config: XlaPretrainConfig) -> list[str]:
         return mistakes
     from gpt2_xla.runtime.xla_spmd_runtime import start_devices
 
+    devices, hosts = start_devices()
     try:
-        return mesh_mistakes(config, config.runtime.mesh, *start_devices())
+        return mesh_mistakes(config, config.runtime.mesh, devices, hosts)
     except UserError:  # of --mesh itself, which validation.py has told
         return []
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import logging
 import os
 import resource
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 import torch_xla
-import torch_xla.backends
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as xla_metrics
 import torch_xla.runtime as xr
@@ -27,7 +27,7 @@ from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
 from gpt2_xla.runtime.base import CompileStats
 from gpt2_xla.runtime.micro_step_loop import MicroStepLoop
-from gpt2_xla.runtime.peaks import tpu_peak
+from gpt2_xla.runtime.peaks import gpu_peak, tpu_peak
 from gpt2_xla.runtime.replica_board import ReplicaBoard
 from gpt2_xla.runtime.stop_signals import StopSource
 from gpt2_xla.runtime.torch_runtime import clip_gradients
@@ -211,15 +211,19 @@ class XlaRuntime:
         return xla_profile(folder)
 
     def peak_memory(self) -> int | None:
-        if xr.device_type() == "TPU":
+        if xr.device_type() == "CPU":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        try:
             information = xm.get_memory_info(self.device)
-            return int(information.get("peak_bytes_used", information["bytes_used"]))
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        except RuntimeError:  # a plugin may leave that out
+            return None
+        return int(information.get("peak_bytes_used", information["bytes_used"]))
 
     def peak_flops(self) -> float | None:
-        if xr.device_type() != "TPU" or self.config.mixed_precision == "no":
+        if xr.device_type() == "CPU" or self.config.mixed_precision == "no":
             return None
-        peak = tpu_peak(self._device_kind())
+        kind = self._device_kind()
+        peak = tpu_peak(kind) or gpu_peak(kind)
         return peak * self.device_count if peak else None
 
     def _device_kind(self) -> str:
@@ -265,9 +269,13 @@ class _Relay:
 
 def _set_matmul_precision(wanted: str) -> None:
     """float32 matmuls on TPU run in bf16 unless told otherwise; torch_xla's levels are default, high and highest."""
+    if importlib.util.find_spec("torch_xla.backends") is None:  # torch_xla 2.7, which has no way to say it
+        return
+    import torch_xla.backends as backends
+
     logger = logging.getLogger("torch_xla.backends")
     logger.setLevel(logging.ERROR)  # it warns at every call
-    torch_xla.backends.set_mat_mul_precision("default" if wanted == "medium" else wanted)
+    backends.set_mat_mul_precision("default" if wanted == "medium" else wanted)
 
 
 def _open_compile_cache(folder: Path) -> None:

@@ -20,7 +20,9 @@ from gpt2_xla import optim as optimizers
 from gpt2_xla.config import XlaConfig
 from gpt2_xla.model import GPT
 from gpt2_xla.muon import orthogonalized
+from gpt2_xla.runtime.cuda_host import gpu_kind
 from gpt2_xla.runtime.mesh import AXES, ROWS, Layout, mesh_shape
+from gpt2_xla.runtime.pjrt_cuda import register_devices, start_client
 from gpt2_xla.runtime.stop_signals import StopRequest
 from gpt2_xla.runtime.tpu_host import tpu_chips
 from gpt2_xla.runtime.votes import Votes, join_hosts, leave_hosts
@@ -35,7 +37,9 @@ HOSTS_PORT = 12355  # host 0 listens here for the others
 def start_devices() -> tuple[int, int]:
     """Start PJRT for SPMD, unless this process has: the devices of all hosts, and the hosts."""
     if not xr.is_spmd():
+        register_devices()
         xr.use_spmd()
+    start_client()
     return xr.global_runtime_device_count(), xr.process_count()
 
 
@@ -141,8 +145,10 @@ class XlaSpmdRuntime(XlaRuntime):
             leave_hosts()
 
     def peak_memory(self) -> int | None:
-        return None if xr.device_type() == "TPU" else super().peak_memory()  # torch_xla 2.9 refuses to tell under SPMD
+        return super().peak_memory() if xr.device_type() == "CPU" else None  # torch_xla 2.9 refuses to tell under SPMD
 
     def _device_kind(self) -> str:
-        chips = tpu_chips()  # from the PCI bus: torch_xla 2.9 knows only the one virtual device
-        return chips[0] if chips else str(xr.device_type())
+        # From the PCI bus or NVIDIA's driver: torch_xla 2.9 knows only the one virtual device.
+        device, chips = xr.device_type(), tpu_chips()
+        found = gpu_kind() if device == "CUDA" else chips[0] if chips else None
+        return found or str(device)

@@ -106,13 +106,10 @@ def compile_request(request: Request) -> Answer:
 def _module(request: Request) -> bytes:
     """The program as MLIR bytecode, with donated arguments and shardings."""
     from jax._src.interpreters import mlir
-    from jax._src.lib import xla_client
     from jax._src.lib.mlir import ir
 
-    computation = xla_client.XlaComputation(Path(request.program).read_bytes())
-    text = xla_client._xla.mlir.xla_computation_to_mlir_module(computation)
     with mlir.make_ir_context():
-        module = ir.Module.parse(text)
+        module = ir.Module.parse(_stablehlo(Path(request.program).read_bytes()))
         main = next(op for op in module.body.operations if op.name.value == "main")
         main.arg_attrs = ir.ArrayAttr.get(
             [
@@ -123,6 +120,26 @@ def _module(request: Request) -> bytes:
         if request.result_shardings:
             main.result_attrs = ir.ArrayAttr.get([_attributes(ir, {}, s) for s in request.result_shardings])
         return mlir.module_to_bytecode(module)
+
+
+def _stablehlo(program: bytes) -> Any:
+    """An HloModuleProto as text of MLIR."""
+    from jax._src.lib import xla_client
+
+    return xla_client._xla.mlir.xla_computation_to_mlir_module(xla_client.XlaComputation(program))
+
+
+def portable_stablehlo(program: bytes) -> bytes:
+    """An HloModuleProto as a StableHLO artifact, which later versions of jax read too."""
+    from jax._src.interpreters import mlir
+    from jax._src.lib import xla_client
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import hlo
+
+    with mlir.make_ir_context():
+        module = mlir.module_to_bytecode(ir.Module.parse(_stablehlo(program)))
+    version = hlo.get_version_from_compatibility_requirement(hlo.StablehloCompatibilityRequirement.WEEK_12)
+    return xla_client._xla.mlir.serialize_portable_artifact(module, version, False)
 
 
 def _filled(shardings: list[str | None], count: int) -> list[str | None]:

@@ -55,7 +55,6 @@ class Trace:
 def trace(request: TraceRequest) -> Trace:
     """Trace the step that `request` describes, and write its program."""
     import torch
-    import torch_xla
 
     from gpt2_xla import optim
     from gpt2_xla.cli import from_dict
@@ -75,8 +74,7 @@ def trace(request: TraceRequest) -> Trace:
     model.train()
     values = train_step(run, runtime.hold_batch(config))
     results = [values, *model.parameters(), *optim.named_state(model, run.optimizer).values()]
-    context = torch_xla._XLAC.lowering.LoweringContext("train_step")
-    context.build(results)
+    context = lower(results)
     Path(request.program).write_bytes(context.hlo())
     numbers = {name: context.tensor_parameter_id(tensor) for name, tensor in runtime.held.items()}
     names = {number: name for name, number in numbers.items() if number >= 0}
@@ -89,6 +87,15 @@ def trace(request: TraceRequest) -> Trace:
         parameters=parameter_count(model),
         digest=hashlib.sha256(ORIGIN.sub("", context.hlo_text()).encode()).hexdigest(),
     )
+
+
+def lower(results: list[Any]) -> Any:
+    """The program that computes these tensors, as torch_xla's context of it."""
+    import torch_xla
+
+    context = torch_xla._XLAC.lowering.LoweringContext("train_step")
+    context.build(results)
+    return context
 
 
 def main() -> None:
