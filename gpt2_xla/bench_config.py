@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from gpt2_xla.config import ModelConfig, option
+from gpt2_xla.config import ModelConfig, OptimConfig, TorchConfig, option
 
 
 @dataclass(frozen=True)
@@ -20,17 +20,27 @@ class DataBenchConfig:
 class BenchOptions:
     """What to measure"""
 
-    runtimes: tuple[Literal["torch", "xla"], ...] = option(("torch", "xla"), "entry points to measure")
-    precisions: tuple[Literal["no", "bf16", "fp16"], ...] = option(
-        ("no", "bf16"), "values of --mixed-precision to measure"
+    runtimes: tuple[Literal["torch", "xla"], ...] = option(("torch",), "entry points to measure")
+    against: Literal["none", "bare"] = option(
+        "none",
+        "bare: also a loop of a page on the same device, model, optimizer and batch, in turns with ours (torch: nanoGPT's way, in a process of its own; xla: a tutorial's, in ours)",
     )
-    train_batch_size: int = option(4, "sequences per micro-step")
+    bare_precisions: tuple[Literal["same", "no", "bf16", "fp16"], ...] = option(
+        ("same",), "values of --mixed-precision to give the bare torch loop, one after the other; same: ours"
+    )
+    bare_models: tuple[Literal["eager", "compiled"], ...] = option(
+        ("eager",), "whether the bare torch loop compiles its model with torch.compile"
+    )
+    train_batch_size: int = option(4, "sequences per micro-step of each process")
     gradient_accum_step: int = option(1, "micro-steps per optimizer step")
-    steps: int = option(20, "steps to time, after 3 that warm up")
-    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option("auto", "device of the torch rows")
-    compile: bool = option(False, "compile the torch rows with torch.compile")
-    bare: bool = option(
-        True, "hold XLA rows of one device against a hand-written loop of the same model, in turns in the same process"
+    turns: int = option(10, "turns that each loop takes, after 3 steps that warm it up; medians over them are told")
+    steps: int = option(10, "optimizer steps of a turn")
+    breakdown: bool = option(
+        False, "also the parts of our step on torch, in a last turn under torch.profiler: data, forward, backward, …"
+    )
+    processes: tuple[int, ...] = option(
+        (1,),
+        "numbers of processes (torchrun's) to run our loop with, in turns; each process has its share of the CPU's cores as threads, unless OMP_NUM_THREADS says otherwise",
     )
 
 
@@ -39,6 +49,8 @@ class BenchConfig:
     """Options of scripts/bench.py."""
 
     model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    runtime: TorchConfig = TorchConfig()
     bench: BenchOptions = BenchOptions()
 
 

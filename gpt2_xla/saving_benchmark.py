@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2_xla.bench_config import BenchConfig, BenchOptions, SavingBenchConfig
-from gpt2_xla.benchmark import OurLoop, write_random_tokens
-from gpt2_xla.config import DataConfig, RunConfig, TorchConfig, TorchPretrainConfig
+from gpt2_xla.bench.contenders import write_random_tokens
+from gpt2_xla.bench_config import SavingBenchConfig
+from gpt2_xla.config import DataConfig, PretrainConfig, RunConfig, TorchConfig, TorchPretrainConfig
 from gpt2_xla.model_validation import check_model
+from gpt2_xla.runtime.base import Runtime
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def bench(config: SavingBenchConfig) -> Result:
         folder = Path(name)
         (folder / "data").mkdir()
         batch = options.train_batch_size
-        write_random_tokens(folder / "data", BenchConfig(config.model, BenchOptions(train_batch_size=batch)))
+        write_random_tokens(folder / "data", config.model, (4 * batch + 2) * config.model.seq_length)
         training = TorchPretrainConfig(
             config.model,
             DataConfig(train_dir=(str(folder / "data"),), train_batch_size=batch, gradient_accum_step=1),
@@ -45,7 +46,7 @@ def bench(config: SavingBenchConfig) -> Result:
             runtime=TorchConfig(device=options.device),
         )
         runtime = TorchRuntime(training.runtime)
-        loop = OurLoop(training, runtime)
+        loop = Loop(training, runtime)
         try:
             return _measure(loop, options.saves, f"{runtime.describe()}, {os.cpu_count()} cores")
         finally:
@@ -53,19 +54,44 @@ def bench(config: SavingBenchConfig) -> Result:
             loop.run.saver.close()
 
 
-def _measure(loop: OurLoop, saves: int, machine: str) -> Result:
+class Loop:
+    """The program's own training step, one at a time."""
+
+    def __init__(self, config: PretrainConfig, runtime: Runtime) -> None:
+        from gpt2_xla.data.pretraining import PretrainingData
+        from gpt2_xla.model import build_model, parameter_count
+        from gpt2_xla.train import Run
+
+        model = build_model(config.model, config.runtime.loss_chunk, config.run.seed, config.runtime.vocab_multiple)
+        self.parameters = parameter_count(model)
+        data = PretrainingData.open(config, runtime.rank, runtime.world_size)
+        forward = runtime.place(model)
+        self.run = Run(config, runtime, data, model, forward, runtime.build_optimizer(model, config.optim))
+        self.batches = runtime.batches(data.training(0, config.run.train_steps), rows_dim=1)
+
+    def step(self) -> None:
+        """Train a step, and wait for it."""
+        from gpt2_xla.train import train_step
+
+        values = train_step(self.run, next(self.batches))
+        self.run.runtime.end_step()
+        self.run.step += 1
+        self.run.runtime.fetch_later(values)()
+
+
+def _measure(loop: Loop, saves: int, machine: str) -> Result:
     run = loop.run
     steps, stalls, waited, during = [], [], [], []
-    loop.step()()
+    loop.step()
     for _ in range(saves + 1):
-        steps.append(_seconds(lambda: loop.step()()))
+        steps.append(_seconds(loop.step))
         start = time.perf_counter()
         stalls.append(_seconds(lambda: run.saver.save(run, None)))
         run.saver.wait()
         waited.append(time.perf_counter() - start)
-        loop.step()()
+        loop.step()
         run.saver.save(run, None)
-        during.append(_seconds(lambda: loop.step()()))
+        during.append(_seconds(loop.step))
         run.saver.wait()
     return Result(
         machine,

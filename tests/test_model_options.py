@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt2_xla import benchmark, saving_benchmark
+from gpt2_xla import saving_benchmark
+from gpt2_xla.bench.command import bench
 from gpt2_xla.bench_config import BenchConfig, SavingBenchConfig
+from gpt2_xla.cli import Parsed
 from gpt2_xla.config import PRESETS, ModelConfig
 from gpt2_xla.errors import UserError
 from gpt2_xla.model import (
@@ -264,7 +266,7 @@ def test_what_cannot_be_built_is_said_in_a_sentence(options, sentences):
 @pytest.mark.parametrize(
     "measure",
     [
-        lambda model: benchmark.bench(BenchConfig(model), print),
+        lambda model: bench(Parsed(BenchConfig(model), frozenset())),
         lambda model: saving_benchmark.bench(SavingBenchConfig(model)),
     ],
 )

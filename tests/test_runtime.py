@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from commands import PYTHON, ROOT, TINY, TRAIN, data_flags, losses, records, run
+from commands import TINY, TRAIN, data_flags, losses, records, run
 
 from gpt2_xla.config import OptimConfig, TorchConfig
 from gpt2_xla.data.prefetch import prefetch
@@ -11,23 +11,6 @@ from gpt2_xla.model import GPT
 from gpt2_xla.optim import build_torch_optimizer
 from gpt2_xla.runtime.peaks import gpu_peak, tpu_peak
 from gpt2_xla.runtime.torch_runtime import TorchRuntime, clip_gradients
-
-BENCH = [
-    "--num-layers",
-    "1",
-    "--num-heads",
-    "1",
-    "--d-model",
-    "16",
-    "--seq-length",
-    "8",
-    "--vocab-size",
-    "32",
-    "--steps",
-    "3",
-    "--precisions",
-    "no",
-]
 
 
 @pytest.fixture
@@ -166,20 +149,3 @@ def test_a_step_with_a_gradient_or_a_loss_that_is_not_finite_changes_nothing(mak
         changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
         assert changed == [gradient == loss == good] * 2
     assert all(state["step"] == 2 for state in optimizer.state.values())
-
-
-@pytest.mark.xla
-def test_the_benchmark_measures_both_runtimes():
-    rows = run(*PYTHON, str(ROOT / "scripts" / "bench.py"), *BENCH, "--runtimes", "torch", "xla").splitlines()
-    cells = [
-        [cell.strip() for cell in row.strip("|").split("|")] for row in rows if row.startswith(("| 1 ×", "| bare"))
-    ]
-    assert [cell[0].split(",")[0] for cell in cells] == [
-        "1 × cpu",
-        "1 × XLA CPU (torch_xla 2.9.0)",
-        "bare torch_xla loop",
-    ]
-    assert all(float(cell[2].replace(",", "")) > 0 for cell in cells)
-    assert int(cells[1][8]) > 0
-    assert float(cells[1][3]) > 0
-    assert len({cell[-1] for cell in cells}) == 1  # all three computed the same loss

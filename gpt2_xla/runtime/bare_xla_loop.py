@@ -1,7 +1,8 @@
 """What a training step costs without this program around it: the loop that a torch_xla tutorial would write."""
 
 import contextlib
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable
 
 import torch
 import torch_xla
@@ -27,10 +28,17 @@ class BareXlaLoop:
         self._batches = [batch.to(self._device) for batch in host_batches]
         self._bf16 = config.runtime.mixed_precision == "bf16"
         self._step = 0
+        self.loss = math.nan  # of the last step
         torch_xla.sync()
 
-    def step(self) -> Callable[[], list[float]]:
-        """Queue the next step; the returned function waits for it and returns [loss]."""
+    def run(self, steps: int) -> None:
+        """Train that many steps, and wait for the device."""
+        for _ in range(steps):
+            total = self._train_step()
+        self.loss = total.item()
+
+    def _train_step(self) -> Tensor:
+        """Queue the next step; its loss, on the device."""
         config, batch = self._config, self._batches[self._step]
         rate = learning_rate(self._step, config.optim, config.run.train_steps)
         for group in self._optimizer.param_groups:
@@ -46,4 +54,4 @@ class BareXlaLoop:
         self._optimizer.zero_grad(set_to_none=True)
         torch_xla.sync()
         self._step += 1
-        return lambda: [total.item()]
+        return total

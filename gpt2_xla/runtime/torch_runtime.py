@@ -22,6 +22,7 @@ from gpt2_xla.data.prefetch import prefetch
 from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
 from gpt2_xla.runtime.base import CompileStats
+from gpt2_xla.runtime.cpu_attention import cpu_attention
 from gpt2_xla.runtime.memory import memory_mistakes
 from gpt2_xla.runtime.peaks import gpu_peak
 from gpt2_xla.runtime.recomputation import recompute_activations
@@ -67,6 +68,8 @@ class TorchRuntime:
         if isinstance(model, GPT):
             if self.config.residual_precision == "bf16":
                 model.use(residual_dtype=torch.bfloat16)
+            if self.device.type == "cpu":
+                model.use(attend=cpu_attention)
             again = functools.partial(checkpoint, use_reentrant=False)
             recompute_activations(model, self.config.activation_checkpointing, again)
         placed = model
