@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import os
-import resource
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -23,7 +22,7 @@ from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
 from gpt2_xla.runtime.base import CompileStats
 from gpt2_xla.runtime.cpu_attention import cpu_attention
-from gpt2_xla.runtime.memory import memory_mistakes
+from gpt2_xla.runtime.memory import memory_mistakes, peak_resident
 from gpt2_xla.runtime.peaks import gpu_peak
 from gpt2_xla.runtime.recomputation import recompute_activations
 from gpt2_xla.runtime.rendezvous import backend_mistakes, open_group, pick_backend
@@ -232,7 +231,7 @@ class TorchRuntime:
     def peak_memory(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_resident()
 
     def peak_flops(self) -> float | None:
         if self.device.type != "cuda" or self.config.mixed_precision == "no":
