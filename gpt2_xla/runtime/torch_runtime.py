@@ -2,7 +2,10 @@
 
 import contextlib
 import functools
+import importlib.util
 import os
+import shutil
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -306,8 +309,23 @@ def device_mistakes(config: TorchConfig) -> list[str]:
         mistakes += backend_mistakes(config.ddp_backend, kind)
     if config.find_batch:
         mistakes += memory_mistakes(kind)
+    if config.compile:
+        mistakes += compile_mistakes(kind)
     if config.mixed_precision == "fp16" and kind != "cuda":
         mistakes.append(
             f"--mixed-precision fp16 needs a CUDA GPU, but the device is {kind}; use --mixed-precision bf16 or no"
         )
     return mistakes
+
+
+def compile_mistakes(kind: str) -> list[str]:
+    """Why torch.compile has nothing to compile with on a device of that type; told before minutes of set-up."""
+    if kind == "cuda" and importlib.util.find_spec("triton") is None:
+        return ["--compile needs triton on CUDA; pip install triton, or leave --compile out"]
+    wanted = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch's inductor looks for it
+    if kind == "cpu" and shutil.which(wanted) is None:
+        return [
+            f"--compile needs a C++ compiler on the CPU, but {wanted} is not found; install it (apt install g++), "
+            "set CXX to another one, or leave --compile out"
+        ]
+    return []
