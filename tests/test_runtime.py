@@ -155,7 +155,8 @@ def test_a_step_with_a_gradient_or_a_loss_that_is_not_finite_changes_nothing(mak
 def test_a_compiler_that_is_not_there_is_told_before_anything_is_built(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     (mistake,) = device_mistakes(TorchConfig(device="cpu", compile=True))
-    assert "no-such-compiler is not found" in mistake and "set CXX" in mistake
+    assert "no-such-compiler is not found" in mistake
+    assert "set CXX" in mistake
     assert device_mistakes(TorchConfig(device="cpu")) == []
 
 
