@@ -213,11 +213,20 @@ class MLP(nn.Module):
         if self.c_gate is not None:  # SwiGLU (Shazeer 2020)
             x = F.silu(self.c_gate(x)) * self.c_fc(x)
         elif self.activation == "gelu":
-            x = F.gelu(self.c_fc(x), approximate="tanh")
+            x = gelu(self.c_fc(x))
         else:
             x = F.relu(self.c_fc(x))
             x = x * x if self.activation == "relu2" else x  # ReLU² (So et al. 2021)
         return self.drop(self.c_proj(x))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU's tanh approximation (Hendrycks and Gimpel 2016)."""
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    # For compilers on a CPU, which have a fast exponential but no fast tanh: (1 + tanh u) / 2 = sigmoid(2 u).
+    y = x.float()
+    return (y * torch.sigmoid(math.sqrt(8 / math.pi) * (y + 0.044715 * y * y * y))).to(x.dtype)
 
 
 def norm(config: ModelConfig) -> nn.Module:

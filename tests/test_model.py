@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from gpt2_xla.config import ModelConfig
 from gpt2_xla.loss import IGNORED, next_token_loss
-from gpt2_xla.model import GPT, flops_per_token, parameter_count
+from gpt2_xla.model import GPT, flops_per_token, gelu, parameter_count
 
 CONFIG = ModelConfig(vocab_size=300, seq_length=32, d_model=64, num_layers=4, num_heads=4, dropout=0.0)
 
@@ -132,3 +132,14 @@ def test_without_gradients_the_chunked_loss_does_not_compute_them(monkeypatch):
     with torch.no_grad():
         next_token_loss(hidden, weight, targets, chunk=2)
     assert not made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_as_it_is_compiled_is_gelu(dtype):
+    x = torch.linspace(-20, 20, 4001).to(dtype).requires_grad_()
+    plain, traced = F.gelu(x, approximate="tanh"), torch.compile(gelu, backend="eager")(x)
+    assert traced.dtype == dtype
+    tolerance = {"rtol": 1e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-3}
+    torch.testing.assert_close(traced, plain, **tolerance)
+    gradients = [torch.autograd.grad(y.sum(), x)[0] for y in (traced, plain)]
+    torch.testing.assert_close(*gradients, **tolerance)
