@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """Pretrain a GPT on XLA devices through PJRT: `PJRT_DEVICE=TPU python run_pretrain_xla.py …` runs one replica per device,
-`--sharding fsdp` one model cut up over all of them (`PJRT_DEVICE=CPU` to try it without a TPU)."""
+`--sharding fsdp` one model cut up over all of them (`PJRT_DEVICE=CUDA` for NVIDIA GPUs, `CPU` to try it without either)."""
 
 import functools
 import sys

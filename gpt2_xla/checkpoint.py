@@ -336,39 +336,18 @@ def load_optimizer(path: Path, targets: dict[str, Tensor]) -> None:
     shares.load(found, targets)
 
 
-@torch.no_grad()
-def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy weights into the model, whatever its device; a tied weight is listed once or, equal, twice.
-
-    Raises UserError as `check_weights` does; then nothing was copied.
-    """
-    check_weights(model, weights)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(weights[name])
-
-
 def check_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Raise UserError naming every weight that is missing, unexpected or of another shape than the model's."""
     parameters = dict(model.named_parameters())  # tied ones once, under their first name
-    aliases = dict(model.named_parameters(remove_duplicate=False))
     mistakes = [f"weight {name} is missing" for name in parameters if name not in weights]
     for name, value in weights.items():
-        if name not in aliases:
+        if name not in parameters:
             mistakes.append(f"weight {name} is not in the model")
-        elif value.shape != aliases[name].shape:
-            expected, got = (" x ".join(map(str, shape)) or "scalar" for shape in (aliases[name].shape, value.shape))
+        elif value.shape != parameters[name].shape:
+            expected, got = (" x ".join(map(str, shape)) or "scalar" for shape in (parameters[name].shape, value.shape))
             mistakes.append(f"weight {name} is {got}; the model's is {expected}")
-        elif name not in parameters and not _equals_its_twin(name, aliases, parameters, weights):
-            mistakes.append(f"weight {name} differs from the one that the model ties it to")
     if mistakes:
         raise UserError(mistakes[:8] + ([f"and {len(mistakes) - 8} more"] if len(mistakes) > 8 else []))
-
-
-def _equals_its_twin(
-    name: str, aliases: dict[str, Any], parameters: dict[str, Any], weights: dict[str, Tensor]
-) -> bool:
-    twin = next(other for other, parameter in parameters.items() if parameter is aliases[name])
-    return twin in weights and torch.equal(weights[name], weights[twin])
 
 
 def prune(run_dir: Path, keep: int, spare: Collection[Path] = ()) -> None:

@@ -288,7 +288,10 @@ class TorchConfig(RuntimeConfig):
         "processes along each axis of --sharding hsdp, as in data=2,fsdp=4: data copies the model, fsdp cuts it; default: a copy per host",
         portable=False,
     )
-    compile: bool = option(False, "compile the model with torch.compile")
+    compile: bool = option(
+        False,
+        "compile forward pass, loss and backward pass with torch.compile (inductor), which takes some ten seconds to a minute before the first step; on CUDA and in bf16 on the CPU the faster way",
+    )
     find_batch: bool = option(
         False,
         "before training, measure the largest --train-batch-size that fits into memory, and set --gradient-accum-step so that a step sees as many sequences as these two flags say together; config.json holds what was found",

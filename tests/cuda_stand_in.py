@@ -5,14 +5,16 @@ plugin is xla-cpu-pjrt from PyPI, a CPU that comes as a plugin, or the library t
 The rename, the registration in every process and the plugin class are those of the product.
 
 A plugin that speaks a newer API than torch_xla's 0.75 wants larger options in each execution: they are padded with zeros
-here, which a plugin takes for a caller that asks for nothing more. By Python, that is: a destructor that holds the interpreter
-lock and waits for an execution would wait for ever, so the product does not do it.
+here, which a plugin takes for a caller that asks for nothing more. In C: a function of Python's would need the interpreter
+lock, which a destructor may hold while it waits for the very execution.
 """
 
 import ctypes
 import functools
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,22 +27,22 @@ from gpt2_xla.errors import run_main
 from gpt2_xla.runtime import cuda_host, pjrt_cuda, xla_installation
 
 EXECUTE = 55  # the place of PJRT_LoadedExecutable_Execute among the functions of the table
-PADDED = 256  # bytes; 80 in API 0.75, 112 in 0.81
-
-
-class ExecuteArguments(ctypes.Structure):
-    """The beginning of PJRT_LoadedExecutable_Execute_Args."""
-
-    _fields_ = (
-        ("struct_size", ctypes.c_size_t),
-        ("extensions", ctypes.c_void_p),
-        ("executable", ctypes.c_void_p),
-        ("options", ctypes.c_void_p),
-    )
-
-
-Execute = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(ExecuteArguments))
-_kept = []  # what C calls
+PADDING = """
+#include <string.h>
+struct arguments { size_t size; void *extensions; void *executable; void *options; };
+static void *(*original)(struct arguments *);
+void set_original(void *function) { original = function; }
+void *execute(struct arguments *given) {
+  char padded[256] = {0};  /* 80 bytes in API 0.75, 112 in 0.81 */
+  void *options = given->options;
+  memcpy(padded, options, *(size_t *)options);
+  *(size_t *)padded = sizeof padded;
+  given->options = padded;
+  void *error = original(given);
+  given->options = options;
+  return error;
+}
+"""
 
 
 def library():
@@ -59,21 +61,13 @@ def load_api(path, load=pjrt_cuda.load_api):
     """The plugin's table, made to take a caller of API 0.75, and said to be of it."""
     api = load(path)
     if (api.major, api.minor) > pjrt_cuda.API:
-        original = Execute(api.functions[EXECUTE])
-
-        def execute(arguments):
-            options = arguments.contents.options
-            size = ctypes.c_size_t.from_address(options).value
-            padded = ctypes.create_string_buffer(PADDED)
-            ctypes.memmove(padded, options, size)
-            ctypes.c_size_t.from_buffer(padded).value = PADDED
-            arguments.contents.options = ctypes.addressof(padded)
-            error = original(arguments)
-            arguments.contents.options = options
-            return error
-
-        _kept.append(Execute(execute))
-        api.functions[EXECUTE] = ctypes.cast(_kept[-1], ctypes.c_void_p).value
+        with tempfile.TemporaryDirectory() as folder:
+            source, padding = Path(folder) / "padding.c", Path(folder) / "padding.so"
+            source.write_text(PADDING)
+            subprocess.run(["cc", "-shared", "-fPIC", "-o", padding, source], check=True)
+            shim = ctypes.CDLL(str(padding))
+        shim.set_original(ctypes.c_void_p(api.functions[EXECUTE]))
+        api.functions[EXECUTE] = ctypes.cast(shim.execute, ctypes.c_void_p).value
         pjrt_cuda.API = (api.major, api.minor)
     return api
 

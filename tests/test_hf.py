@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpt2_xla import checkpoint, hf
+from gpt2_xla import checkpoint, hf, loading
 from gpt2_xla.checkpoint import TrainerState
 from gpt2_xla.config import PRESETS, ModelConfig, PretrainConfig, to_dict
 from gpt2_xla.errors import UserError
@@ -76,7 +76,7 @@ def test_a_folder_that_transformers_saved_loads_with_the_same_logits(tmp_path):
     theirs = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=24, n_layer=2, n_head=3)).eval()
     theirs.save_pretrained(tmp_path)
     model = GPT(checkpoint.read_model_config(tmp_path)).eval()
-    checkpoint.load_weights(model, checkpoint.read_weights(tmp_path))
+    loading.load(model, tmp_path)
     tokens = torch.arange(16)[None]
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)

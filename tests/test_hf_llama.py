@@ -12,7 +12,7 @@ from test_hf import save
 
 import generate
 import run_pretrain
-from gpt2_xla import checkpoint, generation, hf
+from gpt2_xla import checkpoint, generation, hf, loading
 from gpt2_xla.config import PRESETS, ModelConfig
 from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
@@ -84,7 +84,7 @@ def test_a_folder_that_transformers_saved_loads_with_the_same_logits_and_comes_b
     theirs = theirs_of(kind, **changes)
     theirs.save_pretrained(tmp_path)
     model = GPT(checkpoint.read_model_config(tmp_path)).eval()
-    checkpoint.load_weights(model, checkpoint.read_weights(tmp_path))
+    loading.load(model, tmp_path)
     tokens = torch.arange(16)[None]
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.xla
 
 STAND_IN = (*PYTHON, str(ROOT / "tests" / "cuda_stand_in.py"))
 needs_stand_in = pytest.mark.skipif(
-    importlib.util.find_spec("xla_plugins") is None, reason="needs xla-cpu-pjrt, a CPU that comes as a PJRT plugin"
+    importlib.util.find_spec("xla_plugins") is None or shutil.which("cc") is None,
+    reason="needs xla-cpu-pjrt, a CPU that comes as a PJRT plugin, and a C compiler for its padding",
 )
 FLAGS = [
     *TINY,

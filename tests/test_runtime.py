@@ -4,13 +4,14 @@ import pytest
 import torch
 from commands import TINY, TRAIN, data_flags, losses, records, run
 
-from gpt2_xla.config import OptimConfig, TorchConfig
+from gpt2_xla.config import ModelConfig, OptimConfig, TorchConfig
 from gpt2_xla.data.prefetch import prefetch
 from gpt2_xla.errors import UserError
-from gpt2_xla.model import GPT
+from gpt2_xla.model import GPT, build_model
 from gpt2_xla.optim import build_torch_optimizer
+from gpt2_xla.runtime.cpu_attention import cpu_attention
 from gpt2_xla.runtime.peaks import gpu_peak, tpu_peak
-from gpt2_xla.runtime.torch_runtime import TorchRuntime, clip_gradients
+from gpt2_xla.runtime.torch_runtime import TorchRuntime, clip_gradients, device_mistakes
 
 
 @pytest.fixture
@@ -149,3 +150,18 @@ def test_a_step_with_a_gradient_or_a_loss_that_is_not_finite_changes_nothing(mak
         changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
         assert changed == [gradient == loss == good] * 2
     assert all(state["step"] == 2 for state in optimizer.state.values())
+
+
+def test_a_compiler_that_is_not_there_is_told_before_anything_is_built(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    (mistake,) = device_mistakes(TorchConfig(device="cpu", compile=True))
+    assert "no-such-compiler is not found" in mistake
+    assert "set CXX" in mistake
+    assert device_mistakes(TorchConfig(device="cpu")) == []
+
+
+def test_a_model_on_the_cpu_uses_its_attention(make_runtime):
+    runtime = make_runtime(mixed_precision="bf16")
+    model = build_model(ModelConfig(vocab_size=8, seq_length=8, d_model=16, num_layers=1, num_heads=2), 0, 1)
+    runtime.place(model)
+    assert model.blocks[0].attn.attend is cpu_attention

@@ -1,5 +1,6 @@
 """Whether PJRT_DEVICE=CUDA can work: the plugin, NVIDIA's driver, the GPUs."""
 
+import re
 from collections.abc import Iterator, Mapping
 
 from gpt2_xla.doctor.finding import Finding
@@ -7,6 +8,7 @@ from gpt2_xla.doctor.installation import installed
 from gpt2_xla.runtime.cuda_host import PLUGIN, cuda_mistakes, knows_cuda, read_driver, visible_gpus
 
 NAME = "CUDA plugin"
+COMMAND = re.compile(r"pip install .*|unset \w+|export \w+=\w+")  # what a sentence says to do
 
 
 def cuda_plugin(environ: Mapping[str, str]) -> Iterator[Finding]:
@@ -16,8 +18,8 @@ def cuda_plugin(environ: Mapping[str, str]) -> Iterator[Finding]:
         return
     mistakes = cuda_mistakes()
     for mistake in mistakes:
-        text, _, mend = mistake.rpartition("; ")
-        yield Finding(NAME, "problem" if asked else "not run", text or mistake, mend if text else "nvidia-smi")
+        command = COMMAND.search(mistake)
+        yield Finding(NAME, "problem" if asked else "not run", mistake, command[0] if command else "nvidia-smi")
     driver = read_driver()
     if driver and not mistakes:
         drives = f"torch_xla {installed('torch_xla')} itself" if knows_cuda() else f"{PLUGIN} {installed(PLUGIN)}"

@@ -1,4 +1,4 @@
-"""An exported step, run by jax on whatever device it has. Needs jax, numpy and safetensors; checked on jax 0.7.1."""
+"""An exported step, run by jax on whatever device it has. Needs jax, numpy and safetensors; checked on jax 0.7.1 and 0.11.2."""
 
 import time
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def run_step(
 def _exported(step: ExportedStep, program: bytes, values: list[Any], platform: str) -> Any:
     """The program as what jax.export makes, which jax versions compile by public calls alone.
 
-    Made by hand, since its file format needs flatbuffers. Its fields differ between versions: 0.7.1 and 0.11.2 were read.
+    Made by hand, since its file format needs flatbuffers. Its fields differ between versions.
     """
     import jax
     from jax import export

@@ -155,8 +155,8 @@ def _gpu_mistakes() -> list[str]:
     driver = read_driver()
     if driver is None:
         return [
-            "PJRT_DEVICE=CUDA, but NVIDIA's driver does not answer here (nvidia-smi shows why); without a GPU try the program "
-            "with PJRT_DEVICE=CPU (python scripts/doctor.py tells what this machine has)"
+            "PJRT_DEVICE=CUDA, but NVIDIA's driver does not answer here: nvidia-smi shows why, python scripts/doctor.py what "
+            "this machine has; export PJRT_DEVICE=CPU to try the program without a GPU"
         ]
     if not driver.gpus:
         return [f"PJRT_DEVICE=CUDA, but NVIDIA's driver {driver.version} finds no GPU; nvidia-smi lists what it finds"]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import sys
 from pathlib import Path
 
@@ -39,7 +40,14 @@ def peak(device: torch.device) -> int:
     """The most bytes that this process has held so far: of the GPU by torch; on a CPU all that was resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    return _status(os.getpid(), "VmHWM")  # ru_maxrss would count the parent, which this process was forked from
+    return peak_resident()
+
+
+def peak_resident() -> int:
+    """The most bytes of RAM that this process has held so far."""
+    if sys.platform == "linux":
+        return _status(os.getpid(), "VmHWM")  # ru_maxrss would count the parent, which this process was forked from
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
 
 
 def resident(pid: int) -> int:

@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import importlib.util
 import os
-import resource
+import shutil
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -24,7 +26,7 @@ from gpt2_xla.model import GPT
 from gpt2_xla.runtime.base import CompileStats
 from gpt2_xla.runtime.cpu_attention import cpu_attention
 from gpt2_xla.runtime.fp8 import float8_mistakes, multiply_in_float8
-from gpt2_xla.runtime.memory import memory_mistakes
+from gpt2_xla.runtime.memory import memory_mistakes, peak_resident
 from gpt2_xla.runtime.peaks import gpu_peak
 from gpt2_xla.runtime.recomputation import recompute_activations
 from gpt2_xla.runtime.rendezvous import backend_mistakes, open_group, pick_backend
@@ -235,7 +237,7 @@ class TorchRuntime:
     def peak_memory(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_resident()
 
     def peak_flops(self) -> float | None:
         if self.device.type != "cuda" or self.config.mixed_precision == "no":
@@ -310,6 +312,8 @@ def device_mistakes(config: TorchConfig) -> list[str]:
         mistakes += backend_mistakes(config.ddp_backend, kind)
     if config.find_batch:
         mistakes += memory_mistakes(kind)
+    if config.compile:
+        mistakes += compile_mistakes(kind)
     if config.mixed_precision == "fp16" and kind != "cuda":
         mistakes.append(
             f"--mixed-precision fp16 needs a CUDA GPU, but the device is {kind}; use --mixed-precision bf16 or no"
@@ -317,3 +321,16 @@ def device_mistakes(config: TorchConfig) -> list[str]:
     if config.mixed_precision == "fp8":
         mistakes += float8_mistakes(kind)
     return mistakes
+
+
+def compile_mistakes(kind: str) -> list[str]:
+    """Why torch.compile has nothing to compile with on a device of that type; told before minutes of set-up."""
+    if kind == "cuda" and importlib.util.find_spec("triton") is None:
+        return ["--compile needs triton on CUDA; pip install triton, or leave --compile out"]
+    wanted = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch's inductor looks for it
+    if kind == "cpu" and shutil.which(wanted) is None:
+        return [
+            f"--compile needs a C++ compiler on the CPU, but {wanted} is not found; install it (apt install g++), "
+            "set CXX to another one, or leave --compile out"
+        ]
+    return []

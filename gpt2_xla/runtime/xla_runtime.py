@@ -5,7 +5,6 @@ import functools
 import importlib.util
 import logging
 import os
-import resource
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
@@ -26,6 +25,7 @@ from gpt2_xla.config import OptimConfig, XlaConfig
 from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
 from gpt2_xla.runtime.base import CompileStats
+from gpt2_xla.runtime.memory import peak_resident
 from gpt2_xla.runtime.micro_step_loop import MicroStepLoop
 from gpt2_xla.runtime.peaks import gpu_peak, tpu_peak
 from gpt2_xla.runtime.replica_board import ReplicaBoard
@@ -212,7 +212,7 @@ class XlaRuntime:
 
     def peak_memory(self) -> int | None:
         if xr.device_type() == "CPU":
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            return peak_resident()
         try:
             information = xm.get_memory_info(self.device)
         except RuntimeError:  # a plugin may leave that out
