@@ -237,13 +237,13 @@ class LoggingConfig:
 class RuntimeConfig:
     """Device and precision"""
 
-    mixed_precision: Literal["no", "bf16", "fp16"] = option(
+    mixed_precision: Literal["no", "bf16", "fp16", "fp8"] = option(
         "bf16",
-        "matmul precision under autocast; weights, optimizer state and loss stay float32. fp16 is for CUDA GPUs and uses a gradient scaler",
+        "matmul precision under autocast; weights, optimizer state and loss stay float32. fp16 is for CUDA GPUs and uses a gradient scaler. fp8 is bf16 with the blocks' matrices multiplied in float8 in training steps, for CUDA GPUs of compute capability 8.9 and later; it needs torchao, and is slower than bf16 without --compile; MFU is against the bf16 peak",
     )
     residual_precision: Literal["auto", "fp32", "bf16"] = option(
         "auto",
-        "precision of the residual stream between the blocks under --mixed-precision bf16. bf16 halves its memory and traffic; normalizations compute in float32 from either. auto is bf16 on TPU v4 and later, else fp32",
+        "precision of the residual stream between the blocks under --mixed-precision bf16 or fp8. bf16 halves its memory and traffic; normalizations compute in float32 from either. auto is bf16 on TPU v4 and later, else fp32",
     )
     matmul_precision: Literal["highest", "high", "medium"] = option(
         "highest", "precision of float32 matmuls; high lets CUDA use TF32"

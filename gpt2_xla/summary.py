@@ -88,6 +88,8 @@ def _warmup(config: PretrainConfig) -> str:
 
 def _precision(config: PretrainConfig) -> str:
     mixed = config.runtime.mixed_precision
+    if mixed == "fp8":
+        return "float8 matmuls in the blocks, else bf16 autocast, over float32 weights"
     return "float32" if mixed == "no" else f"{mixed} autocast over float32 weights"
 
 

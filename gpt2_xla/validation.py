@@ -3,13 +3,14 @@
 import math
 from collections.abc import Set
 
-from gpt2_xla.config import PretrainConfig, TorchConfig, XlaConfig
+from gpt2_xla.config import ModelConfig, PretrainConfig, TorchConfig, XlaConfig
 from gpt2_xla.errors import UserError
 from gpt2_xla.model_validation import model_mistakes
 from gpt2_xla.profiling import profile_mistakes
 from gpt2_xla.runtime.mesh import parse_mesh
 
 LARGEST_INDEPENDENT_DECAY = 0.01  # a step; no larger one trains
+FLOAT8_SIDE = 16  # torch._scaled_mm takes multiples of it
 
 
 def config_mistakes(config: PretrainConfig, explicit: Set[str] = frozenset()) -> list[str]:
@@ -196,15 +197,41 @@ def _logging_mistakes(config: PretrainConfig) -> list[str]:
 
 
 def _precision_mistakes(config: PretrainConfig) -> list[str]:
-    if isinstance(config.runtime, XlaConfig) and config.runtime.mixed_precision == "fp16":
-        return ["--mixed-precision fp16 is not supported on XLA devices; use --mixed-precision bf16 or no"]
     runtime = config.runtime
-    if runtime.residual_precision == "bf16" and runtime.mixed_precision != "bf16":
+    if isinstance(runtime, XlaConfig) and runtime.mixed_precision in ("fp16", "fp8"):
         return [
-            f"--residual-precision bf16 needs --mixed-precision bf16, but that is {runtime.mixed_precision}; "
-            "leave --residual-precision out"
+            f"--mixed-precision {runtime.mixed_precision} is not supported on XLA devices; use --mixed-precision bf16 or no"
         ]
-    return []
+    mistakes = []
+    if runtime.residual_precision == "bf16" and runtime.mixed_precision not in ("bf16", "fp8"):
+        mistakes.append(
+            f"--residual-precision bf16 needs --mixed-precision bf16 or fp8, but that is {runtime.mixed_precision}; "
+            "leave --residual-precision out"
+        )
+    if runtime.mixed_precision == "fp8":
+        mistakes += _float8_mistakes(config.model)
+    return mistakes
+
+
+def _float8_mistakes(model: ModelConfig) -> list[str]:
+    """Sides of the blocks' matrices that float8 products can't have."""
+    if model_mistakes(model):
+        return []
+    # B · T is a side too, in the product that is a weight's gradient.
+    sides = {"--d-model": model.d_model, "--d-ff": model.hidden_dim, "--seq-length": model.seq_length}
+    needs = f"--mixed-precision fp8 multiplies matrices whose sides are multiples of {FLOAT8_SIDE}, but"
+    mistakes = []
+    for flag, size in sides.items():
+        if size % FLOAT8_SIDE:
+            below = size // FLOAT8_SIDE * FLOAT8_SIDE
+            use = f"{below} or {below + FLOAT8_SIDE}" if below else f"{FLOAT8_SIDE}"
+            mistakes.append(f"{needs} {flag} is {size}; use {use}")
+    width = model.d_model + 2 * model.kv_heads * model.head_dim
+    if model.d_model % FLOAT8_SIDE == 0 and width % FLOAT8_SIDE:
+        mistakes.append(
+            f"{needs} queries, keys and values together are {width} wide; use another --num-kv-heads or --num-heads"
+        )
+    return mistakes
 
 
 def _sharding_mistakes(config: PretrainConfig, explicit: Set[str]) -> list[str]:
@@ -239,9 +266,10 @@ def _sharding_mistakes(config: PretrainConfig, explicit: Set[str]) -> list[str]:
 def _process_sharding_mistakes(runtime: TorchConfig, explicit: Set[str]) -> list[str]:
     """Those of torchrun's processes."""
     mistakes = []
-    if runtime.sharding in ("fsdp", "hsdp") and runtime.mixed_precision == "fp16":
+    if runtime.sharding in ("fsdp", "hsdp") and runtime.mixed_precision in ("fp16", "fp8"):
         mistakes.append(
-            f"--mixed-precision fp16 is not supported with --sharding {runtime.sharding}; use --mixed-precision bf16"
+            f"--mixed-precision {runtime.mixed_precision} is not supported with --sharding {runtime.sharding}; "
+            "use --mixed-precision bf16"
         )
     if runtime.sharding != "hsdp":
         if "mesh" in explicit:  # a checkpoint's may stay

@@ -9,6 +9,7 @@ from commands import TINY, TRAIN, data_flags, finish, losses, records, run, star
 from gpt2_xla.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TorchConfig, TorchPretrainConfig
 from gpt2_xla.data.pretraining import PretrainingData
 from gpt2_xla.model import build_model
+from gpt2_xla.runtime.fp8 import float8_mistakes
 from gpt2_xla.runtime.torch_runtime import TorchRuntime
 from gpt2_xla.train import Run, train_step
 from gpt2_xla.training_log import TrainingLog
@@ -17,6 +18,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+needs_float8 = pytest.mark.skipif(
+    not torch.cuda.is_available() or bool(float8_mistakes("cuda")), reason="needs a GPU with float8 units, and torchao"
+)
 STEPS = ["--train-steps", "60"]
 
 
@@ -35,6 +39,8 @@ def cpu_float32(tmp_path_factory, text_data):
         (["--mixed-precision", "fp16"], 1e-2),
         (["--mixed-precision", "bf16", "--compile"], 3e-2),
         (["--mixed-precision", "bf16", "--loss-chunk", "48"], 3e-2),
+        pytest.param(["--mixed-precision", "fp8"], 5e-2, marks=needs_float8),
+        pytest.param(["--mixed-precision", "fp8", "--compile"], 5e-2, marks=needs_float8),
     ],
 )
 def test_losses_agree_with_float32_on_the_cpu(flags, tolerance, tmp_path, text_data, cpu_float32):
@@ -60,7 +66,7 @@ def test_the_batch_found_is_the_largest_that_fits_and_changes_no_loss(tmp_path, 
     assert losses(tmp_path / "found") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16", pytest.param("fp8", marks=needs_float8)])
 def test_a_step_never_waits_for_the_device(precision, text_data, tmp_path):
     config = TorchPretrainConfig(
         ModelConfig(257, 32, 64, 2, 2, dropout=0.1),

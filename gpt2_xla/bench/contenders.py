@@ -23,7 +23,7 @@ from gpt2_xla.config import (
 from gpt2_xla.errors import UserError
 from gpt2_xla.validation import config_mistakes
 
-Precision = Literal["no", "bf16", "fp16"]
+Precision = Literal["no", "bf16", "fp16", "fp8"]
 WARMUP_STEPS = 3
 OURS = "ours"
 TOKENS = 2**20  # random ones, at least; a few seconds of reading for a fast GPU
@@ -160,8 +160,10 @@ def check(bench: BenchConfig, explicit: Set[str] = frozenset()) -> None:
 
 
 def _bare_mistakes(bench: BenchConfig) -> list[str]:
-    """What the bare torch loop, a GPT-2 with AdamW, is not."""
+    """What the bare torch loop, a GPT-2 with AdamW and without float8, is not."""
     model = bench.model
+    if bench.runtime.mixed_precision == "fp8" and "same" in bench.bench.bare_precisions:
+        return ["--against bare: the bare loop has no --mixed-precision fp8; add --bare-precisions bf16"]
     unlike = {
         "--position": model.position != "learned",
         "--norm": model.norm != "layernorm",

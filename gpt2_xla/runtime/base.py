@@ -147,7 +147,10 @@ class Runtime(Protocol):
         ...
 
     def peak_flops(self) -> float | None:
-        """The published dense peak of all replicas' devices together in the configured precision, FLOP/s; None if unknown."""
+        """The published dense peak of all replicas' devices together in the configured precision, FLOP/s; None if unknown.
+
+        For fp8 it is bf16's: only a part of the work is in float8, and so MFU compares with that of a run in bf16.
+        """
         ...
 
     def close(self) -> None:

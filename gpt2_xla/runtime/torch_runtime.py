@@ -25,6 +25,7 @@ from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT
 from gpt2_xla.runtime.base import CompileStats
 from gpt2_xla.runtime.cpu_attention import cpu_attention
+from gpt2_xla.runtime.fp8 import float8_mistakes, multiply_in_float8
 from gpt2_xla.runtime.memory import memory_mistakes, peak_resident
 from gpt2_xla.runtime.peaks import gpu_peak
 from gpt2_xla.runtime.recomputation import recompute_activations
@@ -34,7 +35,7 @@ from gpt2_xla.runtime.votes import Votes
 from gpt2_xla.shares import Share, whole_shares
 
 Called = TypeVar("Called", bound=Callable[..., Any])
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}  # fp8: of all but the blocks' matrices
 
 
 class TorchRuntime:
@@ -82,6 +83,8 @@ class TorchRuntime:
         """The options that trade memory, or precision, for time."""
         if self.config.residual_precision == "bf16":
             model.use(residual_dtype=torch.bfloat16)
+        if self.config.mixed_precision == "fp8":
+            multiply_in_float8(model)
         if self.device.type == "cpu":
             model.use(attend=cpu_attention)
         again = functools.partial(checkpoint, use_reentrant=False)
@@ -89,7 +92,7 @@ class TorchRuntime:
 
     def build_optimizer(self, model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
         fused = self.device.type in ("cpu", "cuda")
-        precision = torch.bfloat16 if self.config.mixed_precision == "bf16" else torch.float32
+        precision = torch.bfloat16 if self.config.mixed_precision in ("bf16", "fp8") else torch.float32
         optimizer = optimizers.build_torch_optimizer(model, optim, fused=fused, matmul_dtype=precision)
         optimizers.prime_state(model, optimizer, step_device=None if fused else torch.device("cpu"))
         return optimizer
@@ -315,6 +318,8 @@ def device_mistakes(config: TorchConfig) -> list[str]:
         mistakes.append(
             f"--mixed-precision fp16 needs a CUDA GPU, but the device is {kind}; use --mixed-precision bf16 or no"
         )
+    if config.mixed_precision == "fp8":
+        mistakes += float8_mistakes(kind)
     return mistakes
 
 
