@@ -144,11 +144,8 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            grad_hidden.mul_(grad),
-            grad_weight.mul_(grad),
-            *[None] * 7,
-        )  # in place: the second is as large as the embedding
+        # In place: the second is as large as the embedding.
+        return grad_hidden.mul_(grad), grad_weight.mul_(grad), *[None] * 7
 
 
 def _rows_loss(logits: Tensor, targets: Tensor, fuses: bool, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
