@@ -92,7 +92,8 @@ def test_the_doctor_looks_at_the_plugins_devices():
 @needs_stand_in
 def test_two_processes_meet_in_the_coordinator():
     # Without it neither would get its client. The CPU plugin then knows no others: each is rank 0 of 1, which xmp.spawn ends at.
-    output = finish(start(*STAND_IN, "doctor", GPU_NUM_DEVICES="2", RANK="7", WORLD_SIZE="9"))
+    torchrun = {"RANK": "7", "WORLD_SIZE": "9", "MASTER_ADDR": "elsewhere.invalid"}
+    output = finish(start(*STAND_IN, "doctor", GPU_NUM_DEVICES="2", **torchrun))
     assert output.count('"stage": "all-reduce"') == 2, output
     assert "2 results for replica 0" in output
 

@@ -79,6 +79,7 @@ class CudaPlugin(plugins.DevicePlugin):  # type: ignore[misc]
         """In a child of xmp.spawn, before it looks for its device. Raises `UserError` if the plugin can't open it."""
         for name in ("RANK", "WORLD_SIZE"):  # torchrun's: torch_xla would take them for those of xmp.spawn's processes
             os.environ.pop(name, None)
+        os.environ["MASTER_ADDR"] = "localhost"  # where the coordinator listens; a job script's may be another host
         start_client()
 
     def requires_xla_coordinator(self) -> bool:
