@@ -108,6 +108,8 @@ def register_devices() -> None:
     """
     if os.environ.get("PJRT_DEVICE") != DEVICE:
         return
+    # CUDA shall count the GPUs as NVML does, which tells their names; by itself it counts the fastest first.
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     # For torch_xla 2.7, which does not count them itself, and for children, so that all count the same.
     os.environ.setdefault("GPU_NUM_DEVICES", str(gpu_count()))
     if knows_cuda() or DEVICE in plugins._plugin_registry:  # private, checked on 2.9
