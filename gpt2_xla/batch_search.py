@@ -12,11 +12,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from enum import IntEnum
-from pathlib import Path
 from typing import IO
 
 from gpt2_xla.batch_sizes import BatchSizes
 from gpt2_xla.batch_trial import DOES_NOT_FIT, MARK
+from gpt2_xla.child_environment import import_path
 from gpt2_xla.config import TorchPretrainConfig, to_dict
 from gpt2_xla.errors import UserError
 from gpt2_xla.runtime.memory import free_memory, resident
@@ -24,7 +24,6 @@ from gpt2_xla.runtime.rendezvous import TRIAL
 from gpt2_xla.runtime.stop_signals import StopRequest
 from gpt2_xla.runtime.torch_runtime import TorchRuntime
 
-ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 HEAD_ROOM = 0.1  # of the memory that is free, never to be used
 LOOK = 0.05  # seconds between two looks at a trial
@@ -146,7 +145,7 @@ class _Trial:
         _Trial.number += 1
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__, as the process is ended there
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        path = import_path()
         variables = {"PYTHONPATH": path, "GPT2_XLA_PARENT": str(os.getpid()), TRIAL: str(_Trial.number)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "gpt2_xla.batch_trial", str(limit)],

@@ -6,6 +6,7 @@ A CPU that comes as a plugin stands in for the CUDA plugin (tests/cuda_stand_in.
 import importlib.metadata
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -92,7 +93,8 @@ def test_the_doctor_looks_at_the_plugins_devices():
 @needs_stand_in
 def test_two_processes_meet_in_the_coordinator():
     # Without it neither would get its client. The CPU plugin then knows no others: each is rank 0 of 1, which xmp.spawn ends at.
-    output = finish(start(*STAND_IN, "doctor", GPU_NUM_DEVICES="2", RANK="7", WORLD_SIZE="9"))
+    torchrun = {"RANK": "7", "WORLD_SIZE": "9", "MASTER_ADDR": "elsewhere.invalid"}
+    output = finish(start(*STAND_IN, "doctor", GPU_NUM_DEVICES="2", **torchrun))
     assert output.count('"stage": "all-reduce"') == 2, output
     assert "2 results for replica 0" in output
 
@@ -124,6 +126,18 @@ def test_a_process_of_spawn_takes_its_gpu_and_spmd_all(rank, count, spmd, device
     assert plugin.physical_chip_count() == 2
 
 
+@pytest.mark.parametrize(("given", "order"), [(None, "PCI_BUS_ID"), ("FASTEST_FIRST", "FASTEST_FIRST")])
+def test_cuda_counts_its_gpus_as_nvml_does(given, order, monkeypatch):
+    from gpt2_xla.runtime import pjrt_cuda
+
+    monkeypatch.setattr(
+        pjrt_cuda.os, "environ", {"PJRT_DEVICE": "CUDA"} | ({"CUDA_DEVICE_ORDER": given} if given else {})
+    )
+    monkeypatch.setattr(pjrt_cuda, "knows_cuda", lambda: True)  # no plugin to be registered
+    pjrt_cuda.register_devices()
+    assert pjrt_cuda.os.environ["CUDA_DEVICE_ORDER"] == order
+
+
 @needs_stand_in
 def test_a_plugin_of_another_api_is_refused_with_both_versions():
     code = (
@@ -139,6 +153,14 @@ def test_a_plugin_of_another_api_is_refused_with_both_versions():
     output = finish(process)
     assert process.returncode == 2, output
     assert "speaks PJRT's C API 0.81, and torch_xla 2.9.0 speaks 0.75; pip install jax-cuda12-pjrt==0.7.1" in output
+
+
+def test_the_fallback_asks_for_one_torch_only():
+    told = (ROOT / "requirements-xla_cuda.txt").read_text()
+    (filtered,) = re.findall(r"pip install -r <\((.*)\) torch==2.7.0 ", told)
+    lines = subprocess.run(filtered.split(), cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "safetensors" in lines
+    assert not re.findall(r"^torch\b", lines, re.MULTILINE)
 
 
 def test_a_file_that_is_no_plugin_is_one_sentence(tmp_path):

@@ -9,6 +9,10 @@ import sys
 import pytest
 from commands import PYTHON, ROOT, run
 
+from gpt2_xla.errors import UserError
+from gpt2_xla.hlo.folder import read_folder
+from gpt2_xla.runtime.tpu_host import tpu_chips, tpu_device_files
+
 pytestmark = pytest.mark.tpu_compiler  # needs torch_xla and jax
 
 MODEL = ("--num-layers", "1", "--num-heads", "2", "--d-model", "32", "--seq-length", "16", "--vocab-size", "257")
@@ -71,6 +75,42 @@ def test_a_wrong_or_damaged_folder_is_one_sentence(exported, tmp_path):
         shutil.copytree(exported, broken)
         (broken / name).write_bytes(content)
         assert f"--folder {broken} is damaged (" in mistakes("--folder", broken)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda step: step.update(losses=[]), "step.json has no losses to compare with"),
+        (lambda step: step["arguments"][0].update(fed_by=step["results"]), "step.json feeds"),
+        (lambda step: step["arguments"][0].update(fed_by=-1), "by result -1 of"),
+        (lambda step: step.update(losses=["x"]), "could not convert string to float"),
+    ],
+)
+def test_a_step_json_that_was_changed_is_damaged(change, sentence, exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "step")
+    step = json.loads((exported / "step.json").read_text())
+    change(step)
+    (tmp_path / "step" / "step.json").write_text(json.dumps(step))
+    with pytest.raises(UserError, match=f"is damaged .*{sentence}"):
+        read_folder(tmp_path / "step")
+
+
+@pytest.mark.skipif(bool(tpu_chips() or tpu_device_files()), reason="this machine may have a TPU")
+def test_nothing_is_told_of_a_tpu_where_there_is_none(exported):
+    command = [*RUN_HLO, "--folder", str(exported), "--steps", "1"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TPU_"))}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert "TPU_" not in result.stderr
+    assert "compiling for" in result.stderr
+
+
+def test_an_export_to_where_no_folder_can_be_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    told = mistakes("--export", tmp_path / "file", "--steps", "0")
+    assert "2 errors" in told
+    assert f"--export {tmp_path / 'file'} is a file; name a new folder" in told
+    below = tmp_path / "file" / "step"
+    assert f"--export {below} cannot be made: Not a directory; name a folder that can" in mistakes("--export", below)
 
 
 def test_options_that_do_not_fit_are_told_together(tmp_path):

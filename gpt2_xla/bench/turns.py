@@ -16,8 +16,8 @@ from gpt2_xla.bench.child import FINISH
 from gpt2_xla.bench.contenders import Seat
 from gpt2_xla.bench.link import Link
 from gpt2_xla.bench_config import BenchOptions
+from gpt2_xla.child_environment import import_path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 CHILD = "gpt2_xla.bench.child"
 
 
@@ -170,6 +170,6 @@ class Match:
 
 def child_environment(processes: int) -> dict[str, str]:
     """The environment of a loop's process, where up to that many run at the same time."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    path = import_path()
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))} if processes > 1 else {}
     return {"PJRT_DEVICE": "CPU", **threads, **os.environ, "PYTHONPATH": path}

@@ -10,10 +10,10 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from gpt2_xla.child_environment import child_environment
+
 MARK = "gpt2_xla.doctor "  # a reported line; whatever libraries print besides is passed over
 TELLING = re.compile(r"error|unknown flag|\bF external|already in use|denied|not permitted", re.IGNORECASE)
 
@@ -45,12 +45,11 @@ class Deadline:
 
 def run_child(module: str, *arguments: str, seconds: float, environ: Mapping[str, str]) -> Outcome:
     """Run `python -m module arguments…`; past the limit it is killed with all that it started."""
-    path = os.pathsep.join(filter(None, (str(ROOT), environ.get("PYTHONPATH"))))
     # Into files, not pipes: a grandchild that escaped would keep a pipe open, and us waiting for its end.
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
-            env={**environ, "PYTHONPATH": path},
+            env=child_environment(environ),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=errors,

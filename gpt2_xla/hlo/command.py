@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -11,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from gpt2_xla.child_environment import child_environment
 from gpt2_xla.config import (
     DataConfig,
     LoggingConfig,
@@ -26,7 +26,6 @@ from gpt2_xla.hlo.folder import Argument, ExportedStep, read_folder, write_folde
 from gpt2_xla.model_validation import model_mistakes
 from gpt2_xla.script_config import HloConfig, HloOptions
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 VALUES = 0  # the result that is [loss, gradient norm]
 
 
@@ -39,13 +38,23 @@ def run_hlo(config: HloConfig, explicit: Set[str], mistakes: list[str]) -> dict[
     if options.folder is not None:
         return _run(Path(options.folder), options)
     if options.export is not None:
-        folder = Path(options.export)
-        folder.mkdir(parents=True, exist_ok=True)
-        export(config, folder)
+        _export_to(Path(options.export), config)
         return None
     with tempfile.TemporaryDirectory() as folder_name:
-        export(config, Path(folder_name))
+        write_folder(Path(folder_name), *export(config))
         return _run(Path(folder_name), options)
+
+
+def _export_to(folder: Path, config: HloConfig) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # before the step is traced, which takes long
+    except OSError as error:
+        raise UserError(f"--export {folder} cannot be made: {error.strerror}; name a folder that can") from error
+    exported = export(config)
+    try:
+        write_folder(folder, *exported)
+    except OSError as error:
+        raise UserError(f"--export {folder} cannot be written to: {error.strerror}") from error
 
 
 def _mistakes(config: HloConfig, explicit: Set[str]) -> list[str]:
@@ -75,13 +84,15 @@ def _mistakes(config: HloConfig, explicit: Set[str]) -> list[str]:
                 f"{' and '.join(missing)} missing, which exporting the step needs; "
                 "pip install -r requirements-xla_tpu.txt -c constraints.txt (--folder runs one that was exported elsewhere)"
             )
+    if options.export is not None and Path(options.export).is_file():
+        mistakes.append(f"--export {options.export} is a file; name a new folder")
     if options.export is not None and any(Path(options.export).glob("*")):
         mistakes.append(f"--export {options.export} is not empty; name a new folder")
     return mistakes
 
 
-def export(config: HloConfig, folder: Path) -> None:
-    """Trace the step and write it; a process of its own for torch_xla, which does not share one with jax."""
+def export(config: HloConfig) -> tuple[ExportedStep, dict[str, Any], bytes]:
+    """Trace the step: what `write_folder` writes. Tracing takes a process of its own for torch_xla, which does not share one with jax."""
     from safetensors.numpy import load
 
     from gpt2_xla.hlo.tracing import Trace, TraceRequest
@@ -92,10 +103,9 @@ def export(config: HloConfig, folder: Path) -> None:
         work = Path(name)
         request = TraceRequest(to_dict(training), config.step.steps, name)
         (work / "request.json").write_text(json.dumps(asdict(request)))
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         done = subprocess.run(
             [sys.executable, "-m", "gpt2_xla.hlo.tracing", str(work / "request.json")],
-            env={**os.environ, "PYTHONPATH": path},
+            env=child_environment(),
             capture_output=True,
             text=True,
             check=False,
@@ -120,7 +130,7 @@ def export(config: HloConfig, folder: Path) -> None:
         parameters=trace.parameters,
         losses=tuple(trace.losses),
     )
-    write_folder(folder, step, arrays, portable_stablehlo(program))
+    return step, arrays, portable_stablehlo(program)
 
 
 def training_config(config: HloConfig) -> XlaPretrainConfig:

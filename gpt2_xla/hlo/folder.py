@@ -59,7 +59,11 @@ def read_folder(folder: Path) -> tuple[ExportedStep, dict[str, np.ndarray], byte
                 f"--folder {folder} has format {raw.get('format')}, this program reads {FORMAT}; export again"
             )
         raw["arguments"] = tuple(Argument(**one) for one in raw["arguments"])
-        step = ExportedStep(**raw | {"losses": tuple(raw["losses"])})
+        step = ExportedStep(**raw | {"losses": tuple(map(float, raw["losses"]))})
+        if not step.losses:
+            raise ValueError(f"{STEP} has no losses to compare with")
+        if wrong := [one for one in step.arguments if one.fed_by is not None and not 0 <= one.fed_by < step.results]:
+            raise ValueError(f"{STEP} feeds {wrong[0].array} by result {wrong[0].fed_by} of {step.results}")
         files = {name: (folder / name).read_bytes() for name in (PROGRAM, ARRAYS)}
         for name, content in files.items():
             if _sha256(content) != step.sha256[name]:

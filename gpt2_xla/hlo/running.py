@@ -1,5 +1,6 @@
 """An exported step, run by jax on whatever device it has. Needs jax, numpy and safetensors; checked on jax 0.7.1 and 0.11.2."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -10,6 +11,7 @@ import numpy as np
 from gpt2_xla.errors import UserError
 from gpt2_xla.hlo.folder import ExportedStep
 from gpt2_xla.runtime.peaks import gpu_peak, tpu_peak
+from gpt2_xla.runtime.tpu_host import tpu_chips, tpu_device_files
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ def run_step(
     step: ExportedStep, arrays: dict[str, np.ndarray], program: bytes, steps: int, say: Callable[[str], None]
 ) -> Measured:
     """Run it `steps` times, results feeding arguments. Past the exported steps the changing numbers stay as they were last."""
+    _quieten_libtpu()
     import jax
 
     jax.config.update("jax_enable_x64", True)  # tokens are int64
@@ -69,6 +72,13 @@ def run_step(
         _program_memory(compiled.memory_analysis()),
         (device.memory_stats() or {}).get("peak_bytes_in_use"),
     )
+
+
+def _quieten_libtpu() -> None:
+    """Without a TPU, let jax's look for one say nothing; an installed libtpu asks Google's metadata server, and tells its errors."""
+    if not tpu_chips() and not tpu_device_files():
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5e-1")  # any will do: what it would ask for
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def _exported(step: ExportedStep, program: bytes, values: list[Any], platform: str) -> Any:

@@ -79,6 +79,7 @@ class CudaPlugin(plugins.DevicePlugin):  # type: ignore[misc]
         """In a child of xmp.spawn, before it looks for its device. Raises `UserError` if the plugin can't open it."""
         for name in ("RANK", "WORLD_SIZE"):  # torchrun's: torch_xla would take them for those of xmp.spawn's processes
             os.environ.pop(name, None)
+        os.environ["MASTER_ADDR"] = "localhost"  # where the coordinator listens; a job script's may be another host
         start_client()
 
     def requires_xla_coordinator(self) -> bool:
@@ -107,6 +108,8 @@ def register_devices() -> None:
     """
     if os.environ.get("PJRT_DEVICE") != DEVICE:
         return
+    # CUDA shall count the GPUs as NVML does, which tells their names; by itself it counts the fastest first.
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     # For torch_xla 2.7, which does not count them itself, and for children, so that all count the same.
     os.environ.setdefault("GPU_NUM_DEVICES", str(gpu_count()))
     if knows_cuda() or DEVICE in plugins._plugin_registry:  # private, checked on 2.9

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from gpt2_xla.child_environment import child_environment
+
 POLL = 0.1  # seconds
 
 
@@ -34,12 +35,11 @@ class Job:
 
     def start(self) -> None:
         """Start the process, in a group of its own."""
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         with tempfile.NamedTemporaryFile(dir=self.file.parent, suffix=".err", delete=False) as errors:
             self._errors = Path(errors.name)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", self.module, str(self.file)],
-                env={**os.environ, "PYTHONPATH": path},
+                env=child_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
