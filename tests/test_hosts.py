@@ -26,8 +26,9 @@ from commands import (
 )
 from two_hosts import first_process, power_off, two_hosts, why_not
 
-from gpt2_xla.errors import UserError
+from gpt2_xla.errors import Stopped, UserError
 from gpt2_xla.runtime.rendezvous import backend_mistakes, meet, restart_note
+from gpt2_xla.runtime.stop_signals import StopRequest
 
 STATE = ("model.safetensors", "trainer_state/optimizer.safetensors")
 PAUSING = ROOT / "tests" / "pausing_run.py"
@@ -145,17 +146,39 @@ def test_who_waits_in_vain_says_for_whom(port):
     with pytest.raises(
         UserError, match=f"^rank 0 of 2 waited at 127.0.0.1:{port} for rank 1, which did not come within 1 s"
     ):
-        meet(environment(0, port), timedelta(seconds=1))
+        meet(environment(0, port), timedelta(seconds=1), StopRequest())
 
 
 def test_who_finds_nobody_says_where(port):
     with pytest.raises(UserError, match=f"^rank 1 of 2 finds no rank 0 at 127.0.0.1:{port} within 1 s"):
-        meet(environment(1, port), timedelta(seconds=1))
+        meet(environment(1, port), timedelta(seconds=1), StopRequest())
 
 
 def test_a_port_that_is_taken_is_told():
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="in use"):
-        meet(environment(0, str(taken.getsockname()[1])), timedelta(seconds=1))
+        meet(environment(0, str(taken.getsockname()[1])), timedelta(seconds=1), StopRequest())
+
+
+def test_who_waits_for_the_others_hears_a_signal(port, tmp_path, text_data):
+    process = start(*TRAIN, *flags(text_data, tmp_path), "--device", "cpu", **environment(0, port))
+    deadline = time.monotonic() + 60
+    while socket.socket().connect_ex(("127.0.0.1", int(port))):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process, 60)  # the other one has ten minutes to come
+    assert process.returncode == 0, output
+    assert "stopped before the first step: there is nothing to save; the same command begins anew" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_shall_stop_waits_for_nobody(rank, port):
+    stop = StopRequest()
+    stop.request_stop()
+    with pytest.raises(Stopped):
+        meet(environment(rank, port), timedelta(minutes=10), stop)
 
 
 @pytest.mark.parametrize("local, restarts, shared", itertools.product((1, 2), (0, 3), (False, True)))
