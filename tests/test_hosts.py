@@ -24,11 +24,15 @@ from commands import (
     torchrun,
     wait_for_step,
 )
+from small_runs import run_here
 from two_hosts import first_process, power_off, two_hosts, why_not
 
+import run_pretrain
+from gpt2_xla import evaluation
 from gpt2_xla.errors import Stopped, UserError
-from gpt2_xla.runtime.rendezvous import backend_mistakes, meet, restart_note
+from gpt2_xla.runtime.rendezvous import backend_mistakes, environment_mistakes, meet, restart_note
 from gpt2_xla.runtime.stop_signals import StopRequest
+from gpt2_xla.script_config import EvaluateConfig
 
 STATE = ("model.safetensors", "trainer_state/optimizer.safetensors")
 PAUSING = ROOT / "tests" / "pausing_run.py"
@@ -179,6 +183,46 @@ def test_who_shall_stop_waits_for_nobody(rank, port):
     stop.request_stop()
     with pytest.raises(Stopped):
         meet(environment(rank, port), timedelta(minutes=10), stop)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({}, []),
+        ({"RANK": "0"}, []),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}, []),
+        ({"WORLD_SIZE": "abc"}, ["WORLD_SIZE=abc in the environment is no whole number of at least 1; start"]),
+        (
+            {"WORLD_SIZE": "0", "LOCAL_RANK": "-1"},
+            ["LOCAL_RANK=-1 in the environment is no whole number of at least 0", "WORLD_SIZE=0 in the environment"],
+        ),
+        ({"WORLD_SIZE": "2"}, ["WORLD_SIZE=2 in the environment, but no RANK and no MASTER_ADDR and no MASTER_PORT; "]),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"},
+            ["WORLD_SIZE=2 in the environment, but no MASTER_ADDR; start the command with torchrun"],
+        ),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"},
+            ["RANK=2 in the environment is not below WORLD_SIZE, which is 2"],
+        ),
+        ({"RANK": "1"}, ["RANK=1 in the environment is not below WORLD_SIZE, which is 1"]),
+    ],
+)
+def test_variables_that_do_not_fit_are_told(given, said):
+    found = environment_mistakes(given)
+    assert len(found) == len(said)
+    assert all(mistake.startswith(start) for mistake, start in zip(found, said, strict=True))
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+def test_a_variable_that_is_no_number_is_told_with_all_other_mistakes(variable, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv(variable, "abc")
+    assert run_here(monkeypatch, run_pretrain.main, *TINY, *data_flags(tmp_path), "--train-steps", 0) == 2
+    told = capsys.readouterr().err
+    assert f"{variable}=abc in the environment is no whole number" in told
+    assert "--train-steps 0" in told
+    with pytest.raises(UserError, match=f"^{variable}=abc"):
+        evaluation.run(EvaluateConfig())
 
 
 @pytest.mark.parametrize("local, restarts, shared", itertools.product((1, 2), (0, 3), (False, True)))

@@ -21,6 +21,31 @@ SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 TRIAL = "GPT2_XLA_TRIAL"  # set in processes that try something beside those of the run: their number
 
 
+def environment_mistakes(environment: Mapping[str, str]) -> list[str]:
+    """What is wrong with the variables that say which process of how many this is, and where to meet the others.
+
+    torchrun sets them; so may a scheduler, or a user.
+    """
+    mend = "start the command with torchrun, which sets it, or unset all such variables"
+    mistakes, numbers = [], {"RANK": 0, "WORLD_SIZE": 1}
+    limits = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 1}
+    for name in limits.keys() & environment.keys():
+        text = environment[name]
+        if text.isdecimal() and int(text) >= limits[name]:
+            numbers[name] = int(text)
+        else:
+            mistakes.append(f"{name}={text} in the environment is no whole number of at least {limits[name]}; {mend}")
+    processes = numbers["WORLD_SIZE"]
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if processes > 1 and missing:
+        mistakes.append(f"WORLD_SIZE={processes} in the environment, but no {' and no '.join(missing)}; {mend}")
+    if numbers["RANK"] >= processes and not mistakes:
+        mistakes.append(
+            f"RANK={numbers['RANK']} in the environment is not below WORLD_SIZE, which is {processes}; {mend}"
+        )
+    return sorted(mistakes)
+
+
 def backend_mistakes(wanted: str, device: str) -> list[str]:
     """What keeps this build of torch, or a device of that type, from using --ddp-backend."""
     if wanted == "nccl" and device != "cuda":
