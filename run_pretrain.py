@@ -18,6 +18,7 @@ def main() -> None:
     with StopSignals() as stop:  # before the slow imports: a signal that comes during them is heard too
         from gpt2_xla.batch_search import find_batch
         from gpt2_xla.runtime.maintenance import watch_maintenance
+        from gpt2_xla.runtime.rendezvous import environment_mistakes
         from gpt2_xla.runtime.torch_runtime import device_mistakes, world_size
         from gpt2_xla.runtime.torch_sharding import open_torch_runtime, sharding_mistakes
         from gpt2_xla.startup import pretrain_start
@@ -29,11 +30,14 @@ def main() -> None:
             TorchPretrainConfig,
             sys.argv[1:],
             __doc__,
-            lambda config: [
-                *device_mistakes(config.runtime),
-                *sharding_mistakes(config.runtime),
-                *replica_mistakes(config, world_size()),
-            ],
+            lambda config: (
+                environment_mistakes(os.environ)
+                or [
+                    *device_mistakes(config.runtime),
+                    *sharding_mistakes(config.runtime),
+                    *replica_mistakes(config, world_size()),
+                ]
+            ),
         )
         runtime = open_torch_runtime(start.config.runtime, stop)
         try:

@@ -23,6 +23,7 @@ from gpt2_xla.runtime.memory import free_memory, resident
 from gpt2_xla.runtime.rendezvous import TRIAL
 from gpt2_xla.runtime.stop_signals import StopRequest
 from gpt2_xla.runtime.torch_runtime import TorchRuntime
+from gpt2_xla.watchdog import COMPILE_SECONDS
 
 GIB = 2**30
 HEAD_ROOM = 0.1  # of the memory that is free, never to be used
@@ -142,6 +143,9 @@ class _Trial:
     def __init__(self, config: TorchPretrainConfig, limit: int, watched: bool) -> None:
         """`watched`: end the child when more than `limit` bytes of it are resident."""
         self._limit, self._watched = limit, watched
+        timeout = config.run.hang_timeout
+        self._seconds = max(timeout, COMPILE_SECONDS) if timeout else math.inf  # it starts up, and compiles
+        self._began = time.monotonic()
         _Trial.number += 1
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__, as the process is ended there
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
@@ -173,20 +177,26 @@ class _Trial:
         """What has become of it so far."""
         status = self._process.poll()
         if status is None:
-            over = self._watched and resident(self._process.pid) > self._limit
-            return Outcome.SHORT if over else Outcome.RUNNING
+            if self._watched and resident(self._process.pid) > self._limit:
+                return Outcome.SHORT
+            return Outcome.FAILED if self._hangs() else Outcome.RUNNING
         if status == 0:
             return Outcome.SHORT if self._watched and self.peak() > self._limit else Outcome.FITS
         if status in (DOES_NOT_FIT, -signal.SIGKILL):  # a kill is the kernel's, when the machine is out of memory
             return Outcome.SHORT
         return Outcome.REFUSED if status == UserError.status else Outcome.FAILED
 
+    def _hangs(self) -> bool:
+        return time.monotonic() - self._began > self._seconds
+
     def peak(self) -> int:
         """Bytes that it took, as it told at its end."""
         return int(_text(self._output).rpartition(MARK)[2])
 
     def complaint(self) -> str:
-        """The last line of its standard error."""
+        """The last line of its standard error, or that it hangs."""
+        if self._process.poll() is None:
+            return f"no end after {self._seconds:g} s, the longest that --hang-timeout and a compilation may take"
         lines = [line.strip() for line in _text(self._errors).splitlines() if line.strip()]
         return lines[-1].removeprefix("error: ") if lines else "it said nothing"
 

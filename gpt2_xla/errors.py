@@ -31,6 +31,10 @@ class HangError(UserError):
     status = 70
 
 
+class Stopped(Exception):
+    """The command was asked to stop before it had done anything: no mistake; its sentence is printed, and the status is 0."""
+
+
 def attempt(make: Callable[[], Result], mistakes: list[str]) -> Result | None:
     """The result, or None with the mistakes noted: so that a command can look on, and tell them all together."""
     try:
@@ -57,6 +61,9 @@ def run_main(main: Callable[[], int | None]) -> int:
     except UserError as error:
         print_mistakes(error)
         return error.status
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 0
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

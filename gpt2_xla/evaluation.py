@@ -1,6 +1,7 @@
 """scripts/evaluate.py's work: the loss of several models on the same tokens, and their answers to the same questions."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from gpt2_xla.evaluate import bits_per_byte, evaluate
 from gpt2_xla.generation import load_model, recorded_tokenizer
 from gpt2_xla.model import parameter_count
 from gpt2_xla.multiple_choice import Question, evaluate_choices, hellaswag_from_hub, read_hellaswag
+from gpt2_xla.runtime.rendezvous import environment_mistakes
 from gpt2_xla.runtime.torch_runtime import TorchRuntime, device_mistakes, world_size
 from gpt2_xla.script_config import EvaluateConfig
 from gpt2_xla.tokenizer import Tokenizer, load_tokenizer
@@ -65,7 +67,7 @@ class ChoiceRow:
 def run(config: EvaluateConfig) -> None:
     """Evaluate, and print the tables; raises UserError with all mistakes together, before any weights are read."""
     torch_config = TorchConfig(device=config.device, mixed_precision=config.mixed_precision)
-    mistakes = [*_option_mistakes(config), *device_mistakes(torch_config)]
+    mistakes = environment_mistakes(os.environ) or [*_option_mistakes(config), *device_mistakes(torch_config)]
     data = attempt(lambda: _open_data(str(config.data)), mistakes) if config.data is not None else None
     questions = attempt(lambda: _questions(config), mistakes) if config.task is not None else None
     candidates = [attempt(lambda name=name: _candidate(name, config, data), mistakes) for name in config.model]  # type: ignore[misc]

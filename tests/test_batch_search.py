@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from small_runs import run_here
 
 import run_pretrain
+from gpt2_xla import batch_search
 from gpt2_xla.batch_search import largest, micro_batches, with_batch
 from gpt2_xla.config import DataConfig, TorchConfig, TorchPretrainConfig
 from gpt2_xla.runtime.memory import memory_mistakes
@@ -77,6 +78,15 @@ def test_what_a_trial_refuses_is_told(tmp_path, text_data, monkeypatch, capsys):
     printed = capsys.readouterr().err
     assert printed.startswith("error: --find-batch: a step of --train-batch-size 1 fails: ")
     assert "--vocab-size 50" in printed
+
+
+def test_a_trial_that_hangs_is_told(tmp_path, text_data, monkeypatch, capsys):
+    monkeypatch.setattr(batch_search, "COMPILE_SECONDS", 0.1)  # no process imports torch in that time
+    assert run_here(monkeypatch, run_pretrain.main, *flags(text_data, tmp_path), *LIMIT, "--hang-timeout", "0.1") == 2
+    told = (
+        "error: --find-batch: a step of --train-batch-size 1 fails: no end after 0.1 s, the longest that --hang-timeout"
+    )
+    assert told in capsys.readouterr().err
 
 
 def searching(tmp_path, text_data):

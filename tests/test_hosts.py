@@ -24,10 +24,15 @@ from commands import (
     torchrun,
     wait_for_step,
 )
+from small_runs import run_here
 from two_hosts import first_process, power_off, two_hosts, why_not
 
-from gpt2_xla.errors import UserError
-from gpt2_xla.runtime.rendezvous import backend_mistakes, meet, restart_note
+import run_pretrain
+from gpt2_xla import evaluation
+from gpt2_xla.errors import Stopped, UserError
+from gpt2_xla.runtime.rendezvous import backend_mistakes, environment_mistakes, meet, restart_note
+from gpt2_xla.runtime.stop_signals import StopRequest
+from gpt2_xla.script_config import EvaluateConfig
 
 STATE = ("model.safetensors", "trainer_state/optimizer.safetensors")
 PAUSING = ROOT / "tests" / "pausing_run.py"
@@ -145,17 +150,79 @@ def test_who_waits_in_vain_says_for_whom(port):
     with pytest.raises(
         UserError, match=f"^rank 0 of 2 waited at 127.0.0.1:{port} for rank 1, which did not come within 1 s"
     ):
-        meet(environment(0, port), timedelta(seconds=1))
+        meet(environment(0, port), timedelta(seconds=1), StopRequest())
 
 
 def test_who_finds_nobody_says_where(port):
     with pytest.raises(UserError, match=f"^rank 1 of 2 finds no rank 0 at 127.0.0.1:{port} within 1 s"):
-        meet(environment(1, port), timedelta(seconds=1))
+        meet(environment(1, port), timedelta(seconds=1), StopRequest())
 
 
 def test_a_port_that_is_taken_is_told():
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="in use"):
-        meet(environment(0, str(taken.getsockname()[1])), timedelta(seconds=1))
+        meet(environment(0, str(taken.getsockname()[1])), timedelta(seconds=1), StopRequest())
+
+
+def test_who_waits_for_the_others_hears_a_signal(port, tmp_path, text_data):
+    process = start(*TRAIN, *flags(text_data, tmp_path), "--device", "cpu", **environment(0, port))
+    deadline = time.monotonic() + 60
+    while socket.socket().connect_ex(("127.0.0.1", int(port))):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process, 60)  # the other one has ten minutes to come
+    assert process.returncode == 0, output
+    assert "stopped before the first step: there is nothing to save; the same command begins anew" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_shall_stop_waits_for_nobody(rank, port):
+    stop = StopRequest()
+    stop.request_stop()
+    with pytest.raises(Stopped):
+        meet(environment(rank, port), timedelta(minutes=10), stop)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({}, []),
+        ({"RANK": "0"}, []),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}, []),
+        ({"WORLD_SIZE": "abc"}, ["WORLD_SIZE=abc in the environment is no whole number of at least 1; start"]),
+        (
+            {"WORLD_SIZE": "0", "LOCAL_RANK": "-1"},
+            ["LOCAL_RANK=-1 in the environment is no whole number of at least 0", "WORLD_SIZE=0 in the environment"],
+        ),
+        ({"WORLD_SIZE": "2"}, ["WORLD_SIZE=2 in the environment, but no RANK and no MASTER_ADDR and no MASTER_PORT; "]),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"},
+            ["WORLD_SIZE=2 in the environment, but no MASTER_ADDR; start the command with torchrun"],
+        ),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"},
+            ["RANK=2 in the environment is not below WORLD_SIZE, which is 2"],
+        ),
+        ({"RANK": "1"}, ["RANK=1 in the environment is not below WORLD_SIZE, which is 1"]),
+    ],
+)
+def test_variables_that_do_not_fit_are_told(given, said):
+    found = environment_mistakes(given)
+    assert len(found) == len(said)
+    assert all(mistake.startswith(start) for mistake, start in zip(found, said, strict=True))
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+def test_a_variable_that_is_no_number_is_told_with_all_other_mistakes(variable, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv(variable, "abc")
+    assert run_here(monkeypatch, run_pretrain.main, *TINY, *data_flags(tmp_path), "--train-steps", 0) == 2
+    told = capsys.readouterr().err
+    assert f"{variable}=abc in the environment is no whole number" in told
+    assert "--train-steps 0" in told
+    with pytest.raises(UserError, match=f"^{variable}=abc"):
+        evaluation.run(EvaluateConfig())
 
 
 @pytest.mark.parametrize("local, restarts, shared", itertools.product((1, 2), (0, 3), (False, True)))

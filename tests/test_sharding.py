@@ -143,7 +143,7 @@ def test_killed_it_goes_on_with_other_processes_cut_in_another_way_and_then_with
     names = [file.name for file in sorted((after / "step-00000030" / "trainer_state").glob("*.safetensors"))]
     assert names == ["optimizer-00000-000.safetensors", "optimizer-00001-000.safetensors"]  # of the first copy alone
     output = run(*TRAIN, "--checkpoints-dir", after)
-    assert "note: --sharding hsdp is pointless with one process" in output
+    assert "note: the run's --sharding hsdp is pointless with one process" in output
     assert losses(after) == pytest.approx(losses(one_process)[30:], abs=TOLERANCE)
 
 
@@ -151,7 +151,7 @@ def test_killed_it_goes_on_with_other_processes_cut_in_another_way_and_then_with
 def test_sharding_with_one_process_is_a_note(sharding, monkeypatch, capsys, tmp_path, text_data):
     flags = [*FOUR_STEPS, *data_flags(text_data), "--checkpoints-dir", tmp_path]
     assert run_here(monkeypatch, run_pretrain.main, *flags, "--sharding", sharding) == 0
-    assert f"note: --sharding {sharding} is pointless with one process" in capsys.readouterr().err
+    assert f"note: the run's --sharding {sharding} is pointless with one process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def watch_maintenance(stop: StopRequest) -> None:
     """From now on a notice asks `stop`; returns at once. Elsewhere than on Google Cloud, and in all but one process of a
     host, it does nothing; where the metadata server doesn't answer, nothing either, and nobody is told.
     """
-    if int(os.environ.get("LOCAL_RANK", "0")) != 0 or not on_google_cloud():
+    if os.environ.get("LOCAL_RANK", "0") != "0" or not on_google_cloud():
         return
     for key, notice in NOTICES.items():
         threading.Thread(target=_watch, args=(key, notice, stop), daemon=True, name=f"notice {key}").start()

@@ -1,20 +1,49 @@
 """How the processes of all hosts find each other. What keeps them from it is told in one sentence, not by a hang."""
 
+import contextlib
 import os
 import re
+import socket
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from gpt2_xla.errors import UserError
+from gpt2_xla.errors import Stopped, UserError
+from gpt2_xla.runtime.stop_signals import StopRequest
 
 WAIT = timedelta(minutes=10)  # for a host to come; then for any collective
 SAME = "start the command on every host with the same --nnodes, --nproc_per_node and --rdzv-endpoint"
 SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 TRIAL = "GPT2_XLA_TRIAL"  # set in processes that try something beside those of the run: their number
+
+
+def environment_mistakes(environment: Mapping[str, str]) -> list[str]:
+    """What is wrong with the variables that say which process of how many this is, and where to meet the others.
+
+    torchrun sets them; so may a scheduler, or a user.
+    """
+    mend = "start the command with torchrun, which sets it, or unset all such variables"
+    mistakes, numbers = [], {"RANK": 0, "WORLD_SIZE": 1}
+    limits = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 1}
+    for name in limits.keys() & environment.keys():
+        text = environment[name]
+        if text.isdecimal() and int(text) >= limits[name]:
+            numbers[name] = int(text)
+        else:
+            mistakes.append(f"{name}={text} in the environment is no whole number of at least {limits[name]}; {mend}")
+    processes = numbers["WORLD_SIZE"]
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if processes > 1 and missing:
+        mistakes.append(f"WORLD_SIZE={processes} in the environment, but no {' and no '.join(missing)}; {mend}")
+    if numbers["RANK"] >= processes and not mistakes:
+        mistakes.append(
+            f"RANK={numbers['RANK']} in the environment is not below WORLD_SIZE, which is {processes}; {mend}"
+        )
+    return sorted(mistakes)
 
 
 def backend_mistakes(wanted: str, device: str) -> list[str]:
@@ -35,16 +64,16 @@ def pick_backend(wanted: str, device: str) -> str:
     return ("nccl" if device == "cuda" else "gloo") if wanted == "auto" else wanted
 
 
-def open_group(backend: str, device: torch.device) -> dist.ProcessGroup:
+def open_group(backend: str, device: torch.device, stop: StopRequest) -> dist.ProcessGroup:
     """Open the process group of all processes that torchrun started; a second one, of gloo, is for their CPUs.
 
-    Raises `UserError` if the processes do not come together.
+    Raises `UserError` if the processes do not come together, `Stopped` if `stop` is requested while they do not.
     """
     environment = os.environ
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     if rank == 0 and (note := restart_note(environment)):
         print(note, file=sys.stderr, flush=True)
-    store = meet(environment, WAIT)
+    store = meet(environment, WAIT, stop)
     device_id = device if backend == "nccl" else None
     try:
         dist.init_process_group(
@@ -61,17 +90,17 @@ def open_group(backend: str, device: torch.device) -> dist.ProcessGroup:
         ) from error
 
 
-def meet(environment: Mapping[str, str], wait: timedelta) -> dist.Store:  # type: ignore[name-defined]
+def meet(environment: Mapping[str, str], wait: timedelta, stop: StopRequest) -> dist.Store:  # type: ignore[name-defined]
     """The store by which the processes exchange their addresses, once all are there and count the same processes.
 
-    Raises `UserError` that names who is missing, or who counts otherwise.
+    Raises `UserError` that names who is missing, or who counts otherwise; `Stopped` if `stop` is requested meanwhile.
     """
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     me = f"rank {rank} of {world_size}"
     try:
-        store = _store(environment, wait)
+        store = _store(environment, wait, stop)
         store.set(f"world_size/{rank}", str(world_size))
-    except (dist.DistError, ValueError) as error:  # ValueError: the port is taken, by another run perhaps
+    except (dist.DistError, OSError, ValueError) as error:  # ValueError: the port is taken, by another run perhaps
         said = str(error).splitlines()[0]
         raise UserError(
             f"{me} finds no rank 0 at {_endpoint(environment)} within {_time(wait)} ({said}); {SAME}"
@@ -79,18 +108,40 @@ def meet(environment: Mapping[str, str], wait: timedelta) -> dist.Store:  # type
     for other in range(world_size):
         key = f"world_size/{other}"
         try:
-            store.wait([key], wait)
-            theirs = int(store.get(key))
-        except dist.DistError as error:
+            there = _until(lambda key=key: bool(store.check([key])), wait, stop)  # type: ignore[misc]
+            theirs = int(store.get(key)) if there else None
+        except Stopped:
+            with contextlib.suppress(dist.DistError):
+                store.delete_key(f"world_size/{rank}")  # who still comes shall not count on this one
+            raise
+        except dist.DistError:  # rank 0 took the store with it
+            theirs = None
+        if theirs is None:
             raise UserError(
                 f"{me} waited at {_endpoint(environment)} for rank {other}, which did not come within {_time(wait)} or is gone "
                 f"again; {SAME}"
-            ) from error
+            )
         if theirs != world_size:
             raise UserError(
                 f"rank {other} was started as one of {theirs} processes, rank {rank} as one of {world_size}; {SAME}"
             )
     return store
+
+
+def _until(there: Callable[[], bool], wait: timedelta, stop: StopRequest) -> bool:
+    """Ask until it is there; False once `wait` is over. Raises `Stopped` if `stop` is requested and it is not there.
+
+    The store's own waiting hears no signal, and complains about each short wait.
+    """
+    deadline, pause = time.monotonic() + wait.total_seconds(), 0.05
+    while not there():
+        if stop.requested:
+            raise Stopped("stopped before the first step: there is nothing to save; the same command begins anew")
+        if (left := deadline - time.monotonic()) <= 0:
+            return False
+        time.sleep(min(pause, left))
+        pause = min(2 * pause, 1.0)  # thousands of processes may ask
+    return True
 
 
 def restart_note(environment: Mapping[str, str]) -> str | None:
@@ -104,7 +155,7 @@ def restart_note(environment: Mapping[str, str]) -> str | None:
     )
 
 
-def _store(environment: Mapping[str, str], wait: timedelta) -> dist.Store:  # type: ignore[name-defined]
+def _store(environment: Mapping[str, str], wait: timedelta, stop: StopRequest) -> dist.Store:  # type: ignore[name-defined]
     """The agents' store, or one that rank 0 opens, and that the trials of --find-batch share.
 
     torchrun 2.9 keeps its store over a restart, with the addresses of the workers that died: a new one that reads them too
@@ -112,10 +163,14 @@ def _store(environment: Mapping[str, str], wait: timedelta) -> dist.Store:  # ty
     whose counts may differ, torchrun must open a new store each time: see `restart_note`.
     """
     of_agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    is_master = not of_agent and environment["RANK"] == "0" and TRIAL not in environment
+    if not is_master and not _until(lambda: _listens(address, port), wait, stop):
+        raise OSError("nobody listens there")
     store = dist.TCPStore(  # type: ignore[attr-defined]
-        environment["MASTER_ADDR"],
-        int(environment["MASTER_PORT"]),
-        is_master=not of_agent and environment["RANK"] == "0" and TRIAL not in environment,
+        address,
+        port,
+        is_master=is_master,
         timeout=wait,
         wait_for_workers=False,
         multi_tenant=True,
@@ -124,6 +179,14 @@ def _store(environment: Mapping[str, str], wait: timedelta) -> dist.Store:  # ty
     if TRIAL in environment:
         return dist.PrefixStore(f"restart_{restarts}_trial_{environment[TRIAL]}", store)  # type: ignore[attr-defined]
     return dist.PrefixStore(f"restart_{restarts}", store) if of_agent and _one_host(environment) else store  # type: ignore[attr-defined]
+
+
+def _listens(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _one_host(environment: Mapping[str, str]) -> bool:

@@ -56,10 +56,11 @@ class TorchRuntime:
             torch.set_float32_matmul_precision(config.matmul_precision)
         self._scaler = GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
         self.compiles = config.compile
-        self._stop: StopSource = stop or StopRequest()
+        asked = stop or StopRequest()
+        self._stop: StopSource = asked
         self._votes: Votes | None = None
         if self.world_size > 1:
-            self._stop = self._votes = Votes(stop or StopRequest(), open_group(self.backend, self.device))
+            self._stop = self._votes = Votes(asked, open_group(self.backend, self.device, asked))
 
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type

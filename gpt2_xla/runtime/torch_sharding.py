@@ -200,7 +200,7 @@ def sharding_note(config: TorchConfig) -> str | None:
     processes = world_size()
     if processes == 1 and config.sharding in ("ddp", "fsdp", "hsdp"):
         return (
-            f"--sharding {config.sharding} is pointless with one process, which holds everything anyway; start several "
+            f"the run's --sharding {config.sharding} is pointless with one process, which holds everything anyway; start several "
             "with torchrun"
         )
     if config.sharding == "hsdp" and processes > 1 and process_mesh(config).data == 1:
