@@ -16,6 +16,8 @@ from gpt2_xla.config import (
     PretrainConfig,
     RunConfig,
     RuntimeConfig,
+    TorchConfig,
+    TorchDeviceConfig,
     TorchPretrainConfig,
     XlaConfig,
     XlaPretrainConfig,
@@ -26,6 +28,8 @@ from gpt2_xla.validation import config_mistakes
 Precision = Literal["no", "bf16", "fp16", "fp8"]
 WARMUP_STEPS = 3
 OURS = "ours"
+COMMON = frozenset(field.name for field in dataclasses.fields(RuntimeConfig))
+OF_TORCH = frozenset(field.name for field in dataclasses.fields(TorchDeviceConfig)) - COMMON
 TOKENS = 2**20  # random ones, at least; a few seconds of reading for a fast GPU
 
 
@@ -88,7 +92,7 @@ def precision_name(precision: Precision) -> str:
 
 
 def _xla_seats(bench: BenchConfig, folder: Path) -> list[Seat]:
-    common = {field.name: getattr(bench.runtime, field.name) for field in dataclasses.fields(RuntimeConfig)}
+    common = {name: getattr(bench.runtime, name) for name in COMMON}
     config = XlaPretrainConfig(runtime=XlaConfig(**common), **_common(bench, folder))
     bare = [Contender("bare torch_xla", config)] if bench.bench.against == "bare" else []
     return [Seat((Contender(OURS, config), *bare))]  # a TPU has room for one process
@@ -96,7 +100,7 @@ def _xla_seats(bench: BenchConfig, folder: Path) -> list[Seat]:
 
 def _torch_config(bench: BenchConfig, folder: Path, precision: Precision, processes: int = 1) -> TorchPretrainConfig:
     runtime = dataclasses.replace(bench.runtime, mixed_precision=precision)
-    return TorchPretrainConfig(runtime=runtime, **_common(bench, folder, processes))
+    return TorchPretrainConfig(runtime=TorchConfig(**vars(runtime)), **_common(bench, folder, processes))
 
 
 def _common(bench: BenchConfig, folder: Path, processes: int = 1) -> dict[str, Any]:
@@ -142,21 +146,26 @@ def check(bench: BenchConfig, explicit: Set[str] = frozenset()) -> None:
     if bench.runtime.profile_steps is not None:
         mistakes.append("--profile-steps has no meaning here; use --breakdown, or profile a run of run_pretrain.py")
     if "torch" not in options.runtimes:
+        given = {*(OF_TORCH & explicit), *(("breakdown",) if options.breakdown else ())}
+        given |= {"processes"} if options.processes != (1,) else set()
         mistakes += [
-            f"{flag} is for torch, but --runtimes is {' '.join(options.runtimes)}; add torch, or leave it out"
-            for flag, given in (("--breakdown", options.breakdown), ("--processes", options.processes != (1,)))
-            if given
+            f"{_flag(name)} is for torch, but --runtimes is {' '.join(options.runtimes)}; add torch, or leave it out"
+            for name in sorted(given)
         ]
     if options.against == "bare":
         mistakes += _bare_mistakes(bench) if "torch" in options.runtimes else []
     else:
-        given = [f"--{name.replace('_', '-')}" for name in ("bare_precisions", "bare_models") if name in explicit]
-        mistakes += [f"{flag} has no meaning without --against bare" for flag in given]
+        idle = [name for name in ("bare_precisions", "bare_models") if name in explicit]
+        mistakes += [f"{_flag(name)} has no meaning without --against bare" for name in idle]
     if not mistakes:
         for of_runtime in seats(bench, Path()).values():
             mistakes += config_mistakes(of_runtime[0].contenders[0].config, explicit)
     if mistakes:
         raise UserError(list(dict.fromkeys(mistakes)))
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _bare_mistakes(bench: BenchConfig) -> list[str]:
