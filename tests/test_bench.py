@@ -281,6 +281,16 @@ def test_parts_of_a_device_are_its_kernels():
             ["--runtimes", "xla", "--device", "cuda", "--sharding", "fsdp", "--compile"],
             [f"{flag} is for torch, but --runtimes is xla" for flag in ("--device", "--sharding", "--compile")],
         ),
+        (
+            ["--processes", "1", "2", "3", "--sharding", "none"],
+            ["torchrun starts 2, each of", "torchrun starts 3, each of"],
+        ),
+        (
+            ["--processes", "1", "4", "6", "--sharding", "hsdp", "--mesh", "data=2,fsdp=2"],
+            ["--mesh data=2,fsdp=2 is for 4 processes, but torchrun starts 6; use --mesh data=2,fsdp=3"],
+        ),
+        (["--processes", "1", "2", "--sharding", "hsdp"], []),
+        (["--sharding", "fsdp"], ["--sharding fsdp has no meaning with one process; add --processes 2"]),
         (["--runtimes", "torch", "xla", "--device", "cpu", "--compile"], []),
         (["--loss-chunk", "-1", "--d-model", "100"], ["--d-model 100 is not divisible", "--loss-chunk -1 must be"]),
         (["--against", "bare", "--runtimes", "xla", "--position", "rope"], []),

@@ -152,6 +152,8 @@ def check(bench: BenchConfig, explicit: Set[str] = frozenset()) -> None:
             f"{_flag(name)} is for torch, but --runtimes is {' '.join(options.runtimes)}; add torch, or leave it out"
             for name in sorted(given)
         ]
+    else:
+        mistakes += _sharding_mistakes(bench)
     if options.against == "bare":
         mistakes += _bare_mistakes(bench) if "torch" in options.runtimes else []
     else:
@@ -162,6 +164,19 @@ def check(bench: BenchConfig, explicit: Set[str] = frozenset()) -> None:
             mistakes += config_mistakes(of_runtime[0].contenders[0].config, explicit)
     if mistakes:
         raise UserError(list(dict.fromkeys(mistakes)))
+
+
+def _sharding_mistakes(bench: BenchConfig) -> list[str]:
+    """Why --processes, or some of them, cannot share the work as --sharding says."""
+    sharding, most = bench.runtime.sharding, max(bench.bench.processes, default=0)
+    if most == 1 and sharding in ("ddp", "fsdp", "hsdp"):
+        return [f"--sharding {sharding} has no meaning with one process; add --processes 2, for example"]
+    if most < 2 or sharding not in ("none", "hsdp"):
+        return []
+    from gpt2_xla.runtime.torch_sharding import sharding_mistakes  # and with it torch, which takes seconds
+
+    runtime = TorchConfig(**vars(bench.runtime))
+    return [mistake for number in bench.bench.processes if number > 1 for mistake in sharding_mistakes(runtime, number)]
 
 
 def _flag(name: str) -> str:
