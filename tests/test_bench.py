@@ -12,7 +12,7 @@ from torch.autograd.profiler_util import FunctionEvent
 
 from gpt2_xla.bench.breakdown import MARK, PARTS, parts
 from gpt2_xla.bench.child import FINISH, train_ours
-from gpt2_xla.bench.contenders import WARMUP_STEPS, Contender, check, seats, write_random_tokens
+from gpt2_xla.bench.contenders import WARMUP_STEPS, Contender, option_mistakes, seats, write_random_tokens
 from gpt2_xla.bench.link import Link
 from gpt2_xla.bench.table import make_row, scaling_table, table
 from gpt2_xla.bench_config import BenchConfig, BenchOptions
@@ -293,16 +293,18 @@ def test_parts_of_a_device_are_its_kernels():
         (["--sharding", "fsdp"], ["--sharding fsdp has no meaning with one process; add --processes 2"]),
         (["--runtimes", "torch", "xla", "--device", "cpu", "--compile"], []),
         (["--loss-chunk", "-1", "--d-model", "100"], ["--d-model 100 is not divisible", "--loss-chunk -1 must be"]),
+        (["--turns", "0", "--loss-chunk", "-1"], ["--turns 0 must", "--loss-chunk -1 must"]),
+        (
+            ["--against", "bare", "--mixed-precision", "fp8", "--position", "rope"],
+            ["the bare loop has no --mixed-precision fp8", "which --position departs from"],
+        ),
+        (["--runtimes", "torch", "xla", "--processes", "2", "--sharding", "hsdp", "--mesh", "fsdp=2"], []),
         (["--against", "bare", "--runtimes", "xla", "--position", "rope"], []),
     ],
 )
 def test_what_cannot_be_measured_is_said_in_sentences(flags, sentences):
     parsed = parse(BenchConfig, flags, "")
-    mistakes = ()
-    try:
-        check(parsed.config, parsed.explicit)
-    except UserError as error:
-        mistakes = error.mistakes
+    mistakes = option_mistakes(parsed.config, parsed.explicit)
     assert len(mistakes) == len(sentences)
     assert all(any(sentence in mistake for mistake in mistakes) for sentence in sentences)
 
@@ -319,3 +321,12 @@ def test_nothing_measured_is_a_mistake_without_a_traceback():
     assert process.returncode == 2, output
     assert "not run: ours: --mixed-precision fp16 needs a CUDA GPU" in output
     assert "Traceback" not in output
+
+
+def test_all_mistakes_of_a_command_are_told_together():
+    process = start(*BENCH, "--turns", "0", "--processes", "0", "--steps", "x", "--find-batch")
+    output = finish(process)
+    assert process.returncode == 2, output
+    assert output.startswith("4 errors:")
+    for flag in ("--turns 0 ", "--processes 0 ", "--steps x ", "unknown flag --find-batch"):
+        assert flag in output
