@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from gpt2_xla.config import ModelConfig, OptimConfig, TorchConfig, option
+from gpt2_xla.config import ModelConfig, OptimConfig, TorchDeviceConfig, option
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class BenchConfig:
 
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
-    runtime: TorchConfig = TorchConfig()
+    runtime: TorchDeviceConfig = TorchDeviceConfig()
     bench: BenchOptions = BenchOptions()
 
 

@@ -269,7 +269,7 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True)
-class TorchConfig(RuntimeConfig):
+class TorchDeviceConfig(RuntimeConfig):
     """Device and precision"""
 
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = option(
@@ -292,6 +292,12 @@ class TorchConfig(RuntimeConfig):
         False,
         "compile forward pass, loss and backward pass with torch.compile (inductor), which takes some ten seconds to a minute before the first step; on CUDA and in bf16 on the CPU the faster way",
     )
+
+
+@dataclass(frozen=True)
+class TorchConfig(TorchDeviceConfig):
+    """Device and precision"""
+
     find_batch: bool = option(
         False,
         "before training, measure the largest --train-batch-size that fits into memory, and set --gradient-accum-step so that a step sees as many sequences as these two flags say together; config.json holds what was found",

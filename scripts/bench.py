@@ -16,10 +16,11 @@ def main() -> None:
         "Time the training step: tokens/s, memory and MFU of our loop, of bare ones in turns with it, and of more "
         "processes; and the parts of our step. Takes model, optimizer and runtime flags of run_pretrain.py."
     )
-    parsed = parse(BenchConfig, sys.argv[1:], description)
+    mistakes: list[str] = []
+    parsed = parse(BenchConfig, sys.argv[1:], description, mistakes=mistakes)
     from gpt2_xla.bench.command import bench
 
-    bench(parsed)
+    bench(parsed, mistakes)
 
 
 if __name__ == "__main__":

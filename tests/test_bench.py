@@ -12,12 +12,20 @@ from torch.autograd.profiler_util import FunctionEvent
 
 from gpt2_xla.bench.breakdown import MARK, PARTS, parts
 from gpt2_xla.bench.child import FINISH, train_ours
-from gpt2_xla.bench.contenders import WARMUP_STEPS, Contender, check, seats, write_random_tokens
+from gpt2_xla.bench.contenders import WARMUP_STEPS, Contender, option_mistakes, seats, write_random_tokens
 from gpt2_xla.bench.link import Link
 from gpt2_xla.bench.table import make_row, scaling_table, table
 from gpt2_xla.bench_config import BenchConfig, BenchOptions
 from gpt2_xla.cli import parse
-from gpt2_xla.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TorchConfig, TorchPretrainConfig
+from gpt2_xla.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TorchConfig,
+    TorchDeviceConfig,
+    TorchPretrainConfig,
+)
 from gpt2_xla.errors import UserError
 from gpt2_xla.model import build_model, parameter_count
 from gpt2_xla.runtime.bare_torch_loop import BareGPT, BareTorchLoop
@@ -25,7 +33,8 @@ from gpt2_xla.runtime.torch_runtime import TorchRuntime
 
 MODEL = ModelConfig(vocab_size=61, seq_length=16, d_model=32, num_layers=2, num_heads=2)
 BENCH = (*PYTHON, str(ROOT / "scripts" / "bench.py"), "--num-layers", "1", "--num-heads", "1", "--d-model", "16")
-SMALL = ("--seq-length", "8", "--vocab-size", "32", "--turns", "2", "--device", "cpu", "--mixed-precision", "no")
+TINY = ("--seq-length", "8", "--vocab-size", "32", "--turns", "2", "--mixed-precision", "no")
+SMALL = (*TINY, "--device", "cpu")
 
 
 def tables(output):
@@ -115,7 +124,7 @@ def test_our_loop_trains_when_it_is_asked_to_and_no_further(tmp_path):
     options = BenchOptions(turns=2, steps=4, breakdown=True)
     (tmp_path / "data").mkdir()
     write_random_tokens(tmp_path / "data", MODEL, 1000)
-    bench = BenchConfig(MODEL, OptimConfig(), TorchConfig(device="cpu", mixed_precision="no"), options)
+    bench = BenchConfig(MODEL, OptimConfig(), TorchDeviceConfig(device="cpu", mixed_precision="no"), options)
     (seat,) = seats(bench, tmp_path)["torch"]
     runtime = CountingRuntime(seat.contenders[0].config.runtime)
     ends = socket.socketpair()
@@ -186,7 +195,7 @@ def test_more_processes_are_held_against_one():
 
 @pytest.mark.xla
 def test_xla_loops_share_a_process():
-    (rows,) = tables(run(*BENCH, *SMALL, "--runtimes", "xla", "--against", "bare", timeout=170))
+    (rows,) = tables(run(*BENCH, *TINY, "--runtimes", "xla", "--against", "bare", timeout=170))
     assert list(rows) == ["ours", "bare torch_xla"]
     assert rows["ours"]["machine"].startswith("1 × XLA CPU")
     assert int(rows["ours"]["compiles"]) > 0
@@ -268,19 +277,42 @@ def test_parts_of_a_device_are_its_kernels():
             ["which --position, --optim-type departs from"],
         ),
         (["--runtimes", "xla", "--breakdown"], ["--breakdown is for torch, but --runtimes is xla"]),
+        (
+            ["--runtimes", "xla", "--device", "cuda", "--sharding", "fsdp", "--compile"],
+            [f"{flag} is for torch, but --runtimes is xla" for flag in ("--device", "--sharding", "--compile")],
+        ),
+        (
+            ["--processes", "1", "2", "3", "--sharding", "none"],
+            ["torchrun starts 2, each of", "torchrun starts 3, each of"],
+        ),
+        (
+            ["--processes", "1", "4", "6", "--sharding", "hsdp", "--mesh", "data=2,fsdp=2"],
+            ["--mesh data=2,fsdp=2 is for 4 processes, but torchrun starts 6; use --mesh data=2,fsdp=3"],
+        ),
+        (["--processes", "1", "2", "--sharding", "hsdp"], []),
+        (["--sharding", "fsdp"], ["--sharding fsdp has no meaning with one process; add --processes 2"]),
+        (["--runtimes", "torch", "xla", "--device", "cpu", "--compile"], []),
         (["--loss-chunk", "-1", "--d-model", "100"], ["--d-model 100 is not divisible", "--loss-chunk -1 must be"]),
+        (["--turns", "0", "--loss-chunk", "-1"], ["--turns 0 must", "--loss-chunk -1 must"]),
+        (
+            ["--against", "bare", "--mixed-precision", "fp8", "--position", "rope"],
+            ["the bare loop has no --mixed-precision fp8", "which --position departs from"],
+        ),
+        (["--runtimes", "torch", "xla", "--processes", "2", "--sharding", "hsdp", "--mesh", "fsdp=2"], []),
         (["--against", "bare", "--runtimes", "xla", "--position", "rope"], []),
     ],
 )
 def test_what_cannot_be_measured_is_said_in_sentences(flags, sentences):
     parsed = parse(BenchConfig, flags, "")
-    mistakes = ()
-    try:
-        check(parsed.config, parsed.explicit)
-    except UserError as error:
-        mistakes = error.mistakes
+    mistakes = option_mistakes(parsed.config, parsed.explicit)
     assert len(mistakes) == len(sentences)
     assert all(any(sentence in mistake for mistake in mistakes) for sentence in sentences)
+
+
+def test_the_options_of_a_run_that_a_measurement_has_no_use_for_are_unknown():
+    with pytest.raises(UserError) as caught:
+        parse(BenchConfig, ["--find-batch", "--memory-limit=2"], "")
+    assert [mistake.split()[2].rstrip(",;") for mistake in caught.value.mistakes] == ["--find-batch", "--memory-limit"]
 
 
 def test_nothing_measured_is_a_mistake_without_a_traceback():
@@ -289,3 +321,12 @@ def test_nothing_measured_is_a_mistake_without_a_traceback():
     assert process.returncode == 2, output
     assert "not run: ours: --mixed-precision fp16 needs a CUDA GPU" in output
     assert "Traceback" not in output
+
+
+def test_all_mistakes_of_a_command_are_told_together():
+    process = start(*BENCH, "--turns", "0", "--processes", "0", "--steps", "x", "--find-batch")
+    output = finish(process)
+    assert process.returncode == 2, output
+    assert output.startswith("4 errors:")
+    for flag in ("--turns 0 ", "--processes 0 ", "--steps x ", "unknown flag --find-batch"):
+        assert flag in output

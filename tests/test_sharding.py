@@ -161,12 +161,12 @@ def test_sharding_with_one_process_is_a_note(sharding, monkeypatch, capsys, tmp_
         (4, 4, {"sharding": "fsdp", "mesh": "data=3"}, None),  # a checkpoint's --mesh says nothing
         (4, 2, {"sharding": "hsdp"}, None),
         (4, 4, {"sharding": "hsdp", "mesh": "data=2,fsdp=2"}, None),
-        (2, 2, {"sharding": "none"}, "--sharding none is for one process, but torchrun started 2"),
+        (2, 2, {"sharding": "none"}, "--sharding none is for one process, but torchrun starts 2"),
         (
             4,
             4,
             {"sharding": "hsdp", "mesh": "data=2,fsdp=3"},
-            "is for 6 processes, but torchrun started 4; use --mesh data=2,fsdp=2,",
+            "is for 6 processes, but torchrun starts 4; use --mesh data=2,fsdp=2,",
         ),
         (5, 3, {"sharding": "hsdp"}, "5 processes are no whole number of hosts with 3 each; use --mesh fsdp=5,"),
         (1, 1, {"sharding": "hsdp", "mesh": "data=2,fsdp=3"}, None),

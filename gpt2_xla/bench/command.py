@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from gpt2_xla.bench.contenders import check, seats, tokens_needed, write_random_tokens
+from gpt2_xla.bench.contenders import option_mistakes, seats, tokens_needed, write_random_tokens
 from gpt2_xla.bench.table import Row, breakdown_table, make_row, scaling_table, table
 from gpt2_xla.bench.turns import Match
 from gpt2_xla.bench_config import BenchConfig
@@ -34,10 +34,11 @@ def measure(config: BenchConfig, say: Callable[[str], None]) -> dict[str, list[R
     return found
 
 
-def bench(parsed: Parsed[BenchConfig]) -> None:
-    """Print the tables. Raises `UserError` for options that can't be, and if nothing could be measured."""
+def bench(parsed: Parsed[BenchConfig], mistakes: list[str]) -> None:
+    """Print the tables. Raises `UserError` for options that can't be, `mistakes` of parsing included, and if nothing could be measured."""
     config = parsed.config
-    check(config, parsed.explicit)
+    if mistakes := [*mistakes, *option_mistakes(config, parsed.explicit)]:
+        raise UserError(list(dict.fromkeys(mistakes)))
     found = measure(config, lambda text: print(text, file=sys.stderr, flush=True))
     if not any(found.values()):
         raise UserError("nothing could be measured; the lines above say why")

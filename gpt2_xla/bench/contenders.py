@@ -16,16 +16,19 @@ from gpt2_xla.config import (
     PretrainConfig,
     RunConfig,
     RuntimeConfig,
+    TorchConfig,
+    TorchDeviceConfig,
     TorchPretrainConfig,
     XlaConfig,
     XlaPretrainConfig,
 )
-from gpt2_xla.errors import UserError
 from gpt2_xla.validation import config_mistakes
 
 Precision = Literal["no", "bf16", "fp16", "fp8"]
 WARMUP_STEPS = 3
 OURS = "ours"
+COMMON = frozenset(field.name for field in dataclasses.fields(RuntimeConfig))
+OF_TORCH = frozenset(field.name for field in dataclasses.fields(TorchDeviceConfig)) - COMMON
 TOKENS = 2**20  # random ones, at least; a few seconds of reading for a fast GPU
 
 
@@ -88,7 +91,7 @@ def precision_name(precision: Precision) -> str:
 
 
 def _xla_seats(bench: BenchConfig, folder: Path) -> list[Seat]:
-    common = {field.name: getattr(bench.runtime, field.name) for field in dataclasses.fields(RuntimeConfig)}
+    common = {name: getattr(bench.runtime, name) for name in COMMON}
     config = XlaPretrainConfig(runtime=XlaConfig(**common), **_common(bench, folder))
     bare = [Contender("bare torch_xla", config)] if bench.bench.against == "bare" else []
     return [Seat((Contender(OURS, config), *bare))]  # a TPU has room for one process
@@ -96,7 +99,7 @@ def _xla_seats(bench: BenchConfig, folder: Path) -> list[Seat]:
 
 def _torch_config(bench: BenchConfig, folder: Path, precision: Precision, processes: int = 1) -> TorchPretrainConfig:
     runtime = dataclasses.replace(bench.runtime, mixed_precision=precision)
-    return TorchPretrainConfig(runtime=runtime, **_common(bench, folder, processes))
+    return TorchPretrainConfig(runtime=TorchConfig(**vars(runtime)), **_common(bench, folder, processes))
 
 
 def _common(bench: BenchConfig, folder: Path, processes: int = 1) -> dict[str, Any]:
@@ -131,8 +134,8 @@ def tokens_needed(options: BenchOptions, model: ModelConfig) -> int:
     return max(TOKENS, (4 * sequences + 2) * model.seq_length)
 
 
-def check(bench: BenchConfig, explicit: Set[str] = frozenset()) -> None:
-    """Raise `UserError` with all that is wrong with the options; `explicit` names those that the command itself gave."""
+def option_mistakes(bench: BenchConfig, explicit: Set[str] = frozenset()) -> list[str]:
+    """All that is wrong with the options; `explicit` names those that the command itself gave."""
     options = bench.bench
     numbers = {"--turns": options.turns, "--steps": options.steps, "--train-batch-size": options.train_batch_size}
     numbers["--processes"] = min(options.processes, default=0)
@@ -141,29 +144,60 @@ def check(bench: BenchConfig, explicit: Set[str] = frozenset()) -> None:
         mistakes.append("--runtimes needs a value: torch, xla or both")
     if bench.runtime.profile_steps is not None:
         mistakes.append("--profile-steps has no meaning here; use --breakdown, or profile a run of run_pretrain.py")
-    if "torch" not in options.runtimes:
+    if set(options.runtimes) == {"xla"}:
+        given = {*(OF_TORCH & explicit), *(("breakdown",) if options.breakdown else ())}
+        given |= {"processes"} if options.processes != (1,) else set()
         mistakes += [
-            f"{flag} is for torch, but --runtimes is {' '.join(options.runtimes)}; add torch, or leave it out"
-            for flag, given in (("--breakdown", options.breakdown), ("--processes", options.processes != (1,)))
-            if given
+            f"{_flag(name)} is for torch, but --runtimes is xla; add torch, or leave it out" for name in sorted(given)
         ]
+    else:
+        mistakes += _sharding_mistakes(bench)
     if options.against == "bare":
         mistakes += _bare_mistakes(bench) if "torch" in options.runtimes else []
     else:
-        given = [f"--{name.replace('_', '-')}" for name in ("bare_precisions", "bare_models") if name in explicit]
-        mistakes += [f"{flag} has no meaning without --against bare" for flag in given]
-    if not mistakes:
-        for of_runtime in seats(bench, Path()).values():
-            mistakes += config_mistakes(of_runtime[0].contenders[0].config, explicit)
-    if mistakes:
-        raise UserError(list(dict.fromkeys(mistakes)))
+        idle = [name for name in ("bare_precisions", "bare_models") if name in explicit]
+        mistakes += [f"{_flag(name)} has no meaning without --against bare" for name in idle]
+    for runtime, of_runtime in seats(_sound(bench), Path()).items():
+        known = explicit if runtime == "torch" else explicit - OF_TORCH
+        mistakes += config_mistakes(of_runtime[0].contenders[0].config, known)
+    return list(dict.fromkeys(mistakes))
+
+
+def _sound(bench: BenchConfig) -> BenchConfig:
+    """The same, its own numbers put right: what is still wrong with the loops' configurations is so for other reasons."""
+    options = bench.bench
+    numbers = {name: max(1, getattr(options, name)) for name in ("turns", "steps", "train_batch_size")}
+    processes = tuple(max(1, number) for number in options.processes) or (1,)
+    return dataclasses.replace(
+        bench,
+        runtime=dataclasses.replace(bench.runtime, profile_steps=None),
+        bench=dataclasses.replace(options, **numbers, processes=processes),
+    )
+
+
+def _sharding_mistakes(bench: BenchConfig) -> list[str]:
+    """Why --processes, or some of them, cannot share the work as --sharding says."""
+    sharding, most = bench.runtime.sharding, max(bench.bench.processes, default=0)
+    if most == 1 and sharding in ("ddp", "fsdp", "hsdp"):
+        return [f"--sharding {sharding} has no meaning with one process; add --processes 2, for example"]
+    if most < 2 or sharding not in ("none", "hsdp"):
+        return []
+    from gpt2_xla.runtime.torch_sharding import sharding_mistakes  # and with it torch, which takes seconds
+
+    runtime = TorchConfig(**vars(bench.runtime))
+    return [mistake for number in bench.bench.processes if number > 1 for mistake in sharding_mistakes(runtime, number)]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _bare_mistakes(bench: BenchConfig) -> list[str]:
     """What the bare torch loop, a GPT-2 with AdamW and without float8, is not."""
     model = bench.model
+    mistakes = []
     if bench.runtime.mixed_precision == "fp8" and "same" in bench.bench.bare_precisions:
-        return ["--against bare: the bare loop has no --mixed-precision fp8; add --bare-precisions bf16"]
+        mistakes.append("--against bare: the bare loop has no --mixed-precision fp8; add --bare-precisions bf16")
     unlike = {
         "--position": model.position != "learned",
         "--norm": model.norm != "layernorm",
@@ -174,7 +208,8 @@ def _bare_mistakes(bench: BenchConfig) -> list[str]:
         "--vocab-padding": model.vocab_padding,
         "--optim-type": bench.optim.optim_type != "adamw",
     }
-    if not any(unlike.values()):
-        return []
-    flags = ", ".join(flag for flag, other in unlike.items() if other)
-    return [f"--against bare: the bare loop trains GPT-2's architecture with AdamW, which {flags} departs from"]
+    if flags := ", ".join(flag for flag, other in unlike.items() if other):
+        mistakes.append(
+            f"--against bare: the bare loop trains GPT-2's architecture with AdamW, which {flags} departs from"
+        )
+    return mistakes

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from gpt2_xla.bench.child import FINISH
+from gpt2_xla.bench.complaint import complaint
 from gpt2_xla.bench.contenders import Seat
 from gpt2_xla.bench.link import Link
 from gpt2_xla.bench_config import BenchOptions
@@ -98,15 +99,13 @@ class SeatProcess:
             raise LoopFailed(self._why()) from None
 
     def _why(self) -> str:
-        """The sentence of its standard error that says most, once it has ended."""
+        """What its standard error says of its end, once it has ended."""
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
             return "it hung up"
         self._errors.seek(0)
-        lines = [line for line in self._errors.read().decode(errors="replace").splitlines() if line.strip(" =-")]
-        told = [line for line in lines if line.startswith("error: ")]
-        return (told or lines or [f"exit status {self._process.returncode}"])[-1].removeprefix("error: ")
+        return complaint(self._errors.read().decode(errors="replace"), self._process.returncode)
 
 
 class Match:

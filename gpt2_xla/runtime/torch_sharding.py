@@ -156,29 +156,35 @@ def _cut_like(update: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def process_mesh(config: TorchConfig) -> MeshShape:
-    """How the processes of --sharding fsdp or hsdp are arranged; raises `UserError` for a --mesh that is none."""
-    processes = world_size()
+def process_mesh(config: TorchConfig, processes: int | None = None) -> MeshShape:
+    """How the processes of --sharding fsdp or hsdp are arranged; raises `UserError` for a --mesh that is none.
+
+    Without a number it is of those that torchrun started; else of that many, on one host.
+    """
+    per_host = int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if processes is None else processes
+    processes = world_size() if processes is None else processes
     if config.sharding == "fsdp":
         return MeshShape(fsdp=processes)
     if config.mesh is not None:
         return parse_mesh(config.mesh)
-    per_host = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     return MeshShape(data=processes // per_host, fsdp=per_host)
 
 
-def sharding_mistakes(config: TorchConfig) -> list[str]:
-    """Why torchrun's processes cannot be arranged as --sharding says; of a --mesh that is none the options tell."""
-    processes = world_size()
+def sharding_mistakes(config: TorchConfig, started: int | None = None) -> list[str]:
+    """Why torchrun's processes cannot be arranged as --sharding says; of a --mesh that is none the options tell.
+
+    Without a number they are those that run; else those that shall be started on this host.
+    """
+    processes = world_size() if started is None else started
     if processes == 1:
         return []
     if config.sharding == "none":
         return [
-            f"--sharding none is for one process, but torchrun started {processes}, each of which would train a model of "
+            f"--sharding none is for one process, but torchrun starts {processes}, each of which would train a model of "
             "its own; use --sharding ddp or fsdp"
         ]
     try:
-        shape = process_mesh(config)
+        shape = process_mesh(config, started)
     except UserError:
         return []
     if config.sharding != "hsdp" or shape.devices == processes:
@@ -190,7 +196,7 @@ def sharding_mistakes(config: TorchConfig) -> list[str]:
             f"{shape.fsdp} each; use --mesh {fits}, for example"
         ]
     return [
-        f"--mesh {config.mesh} is for {shape.devices} processes, but torchrun started {processes}; "
+        f"--mesh {config.mesh} is for {shape.devices} processes, but torchrun starts {processes}; "
         f"use --mesh {fits}, for example"
     ]
 
