@@ -266,7 +266,7 @@ def test_what_cannot_be_built_is_said_in_a_sentence(options, sentences):
 @pytest.mark.parametrize(
     "measure",
     [
-        lambda model: bench(Parsed(BenchConfig(model), frozenset())),
+        lambda model: bench(Parsed(BenchConfig(model), frozenset()), []),
         lambda model: saving_benchmark.bench(SavingBenchConfig(model)),
     ],
 )
