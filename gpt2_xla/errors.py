@@ -45,13 +45,13 @@ def attempt(make: Callable[[], Result], mistakes: list[str]) -> Result | None:
 
 
 def print_mistakes(error: UserError) -> None:
-    """Write the mistakes to standard error, numbered when there are several."""
-    if len(error.mistakes) == 1:
-        print(f"error: {error.mistakes[0]}", file=sys.stderr)
-        return
-    print(f"{len(error.mistakes)} errors:", file=sys.stderr)
-    for number, mistake in enumerate(error.mistakes, start=1):
-        print(f"  {number}. {mistake}", file=sys.stderr)
+    """Write the mistakes to standard error, numbered when there are several; at once, as several processes may tell them together."""
+    lines = [f"error: {error.mistakes[0]}"]
+    if len(error.mistakes) > 1:
+        numbered = (f"  {number}. {mistake}" for number, mistake in enumerate(error.mistakes, start=1))
+        lines = [f"{len(error.mistakes)} errors:", *numbered]
+    sys.stderr.write("\n".join((*lines, "")))
+    sys.stderr.flush()
 
 
 def run_main(main: Callable[[], int | None]) -> int:

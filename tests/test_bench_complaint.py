@@ -50,7 +50,8 @@ def test_of_several_processes_the_first_to_fail_is_quoted(end, expected, tmp_pat
     script = tmp_path / "script.py"
     script.write_text(BEGIN + end)
     torchrun = (*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    process = start(*torchrun, str(script), PYTHONPATH=str(ROOT))
+    # Unbuffered, Python writes a print's end of line by itself, and another process's line may come between.
+    process = start(*torchrun, str(script), PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1")
     output = finish(process)
     assert process.returncode == 1, output
     found = complaint(output, process.returncode)
