@@ -26,7 +26,7 @@ from gpt2_xla.model import GPT
 from gpt2_xla.runtime.base import CompileStats
 from gpt2_xla.runtime.cpu_attention import cpu_attention
 from gpt2_xla.runtime.fp8 import float8_mistakes, multiply_in_float8
-from gpt2_xla.runtime.memory import memory_mistakes, peak_resident
+from gpt2_xla.runtime.memory import keep_freed_memory, memory_mistakes, peak_resident
 from gpt2_xla.runtime.peaks import gpu_peak
 from gpt2_xla.runtime.recomputation import recompute_activations
 from gpt2_xla.runtime.rendezvous import backend_mistakes, open_group, pick_backend
@@ -51,6 +51,8 @@ class TorchRuntime:
         self.device = torch.device(kind) if kind == "cpu" else torch.device(kind, local_rank)
         if kind != "cpu":
             torch.accelerator.set_device_index(local_rank)
+        else:
+            keep_freed_memory()
         self.backend = pick_backend(config.ddp_backend, kind)
         if config.matmul_precision != "highest":  # torch's own default
             torch.set_float32_matmul_precision(config.matmul_precision)
