@@ -1,11 +1,14 @@
 """The one kind of error that is the user's to mend: a sentence and exit status 2, never a traceback."""
 
+import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 Result = TypeVar("Result")
+PATIENCE = 5.0  # seconds that a host's other processes leave its first one to tell a mistake
 
 
 class UserError(Exception):
@@ -59,6 +62,7 @@ def run_main(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except UserError as error:
+        _let_the_first_tell()
         print_mistakes(error)
         return error.status
     except Stopped as stopped:
@@ -70,3 +74,13 @@ def run_main(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _let_the_first_tell() -> None:
+    """Wait, where torchrun started this process beside a first one: that likely makes the same mistake, and torchrun ends this one.
+
+    Else each of a host's processes would print it. One that only this process makes is told after the wait.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(PATIENCE)
