@@ -18,9 +18,10 @@ def main() -> None:
     with StopSignals() as stop:  # before the slow imports: a signal that comes during them is heard too
         from gpt2_xla.batch_search import find_batch
         from gpt2_xla.runtime.maintenance import watch_maintenance
+        from gpt2_xla.runtime.process_mesh import sharding_mistakes, world_size
         from gpt2_xla.runtime.rendezvous import environment_mistakes
-        from gpt2_xla.runtime.torch_runtime import device_mistakes, world_size
-        from gpt2_xla.runtime.torch_sharding import open_torch_runtime, sharding_mistakes
+        from gpt2_xla.runtime.torch_runtime import device_mistakes
+        from gpt2_xla.runtime.torch_sharding import open_torch_runtime
         from gpt2_xla.startup import pretrain_start
         from gpt2_xla.train import pretrain
         from gpt2_xla.validation import replica_mistakes

@@ -19,8 +19,9 @@ from gpt2_xla.evaluate import bits_per_byte, evaluate
 from gpt2_xla.generation import load_model, recorded_tokenizer
 from gpt2_xla.model import parameter_count
 from gpt2_xla.multiple_choice import Question, evaluate_choices, hellaswag_from_hub, read_hellaswag
+from gpt2_xla.runtime.process_mesh import world_size
 from gpt2_xla.runtime.rendezvous import environment_mistakes
-from gpt2_xla.runtime.torch_runtime import TorchRuntime, device_mistakes, world_size
+from gpt2_xla.runtime.torch_runtime import TorchRuntime, device_mistakes
 from gpt2_xla.script_config import EvaluateConfig
 from gpt2_xla.tokenizer import Tokenizer, load_tokenizer
 

@@ -16,8 +16,8 @@ import run_pretrain
 from gpt2_xla import checkpoint, loading
 from gpt2_xla.cli import from_dict, parse
 from gpt2_xla.config import TorchConfig, TorchPretrainConfig, XlaPretrainConfig, to_dict
+from gpt2_xla.runtime.process_mesh import sharding_mistakes, sharding_note
 from gpt2_xla.runtime.torch_runtime import TorchRuntime
-from gpt2_xla.runtime.torch_sharding import sharding_mistakes, sharding_note
 from gpt2_xla.validation import config_mistakes
 
 PROCESSES = 4

@@ -22,6 +22,7 @@ from gpt2_xla.config import (
     XlaConfig,
     XlaPretrainConfig,
 )
+from gpt2_xla.runtime.process_mesh import sharding_mistakes
 from gpt2_xla.validation import config_mistakes
 
 Precision = Literal["no", "bf16", "fp16", "fp8"]
@@ -182,8 +183,6 @@ def _sharding_mistakes(bench: BenchConfig) -> list[str]:
         return [f"--sharding {sharding} has no meaning with one process; add --processes 2, for example"]
     if most < 2 or sharding not in ("none", "hsdp"):
         return []
-    from gpt2_xla.runtime.torch_sharding import sharding_mistakes  # and with it torch, which takes seconds
-
     runtime = TorchConfig(**vars(bench.runtime))
     return [mistake for number in bench.bench.processes if number > 1 for mistake in sharding_mistakes(runtime, number)]
 

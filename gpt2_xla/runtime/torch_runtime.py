@@ -28,6 +28,7 @@ from gpt2_xla.runtime.cpu_attention import cpu_attention
 from gpt2_xla.runtime.fp8 import float8_mistakes, multiply_in_float8
 from gpt2_xla.runtime.memory import keep_freed_memory, memory_mistakes, peak_resident
 from gpt2_xla.runtime.peaks import gpu_peak
+from gpt2_xla.runtime.process_mesh import world_size
 from gpt2_xla.runtime.recomputation import recompute_activations
 from gpt2_xla.runtime.rendezvous import backend_mistakes, open_group, pick_backend
 from gpt2_xla.runtime.stop_signals import StopRequest, StopSource
@@ -292,11 +293,6 @@ def pick_accelerator(wanted: str) -> str:
     raise UserError(
         f"--device {wanted}: torch {torch.__version__} finds no such device here, only {found}; use --device auto"
     )
-
-
-def world_size() -> int:
-    """The number of processes that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def device_mistakes(config: TorchConfig) -> list[str]:
