@@ -36,6 +36,7 @@ class _Pending:
     samples: int  # sequences consumed by then
     read: Callable[[], list[float]]
     input_wait: float  # seconds
+    launched: float  # when, by time.perf_counter()
 
 
 class TrainingLog:
@@ -84,7 +85,8 @@ class TrainingLog:
         self._metrics.advance(step)
         if step % self._config.logging.log_interval == 0 or step == self._config.run.train_steps:
             read = self._runtime.fetch_later(self._report)
-            self._pending = _Pending(step, self._steps, samples, read, self._input_wait)
+            launched = time.perf_counter()
+            self._pending = _Pending(step, self._steps, samples, read, self._input_wait, launched)
             self._sums, self._steps, self._input_wait = self._zero, 0, 0.0
 
     def windows(self, last_step: int) -> list[Window]:
@@ -107,6 +109,8 @@ class TrainingLog:
     def pause(self) -> None:
         """Write what is pending, before work that is no training (validation, saving)."""
         self._write_pending()
+        if self._steps:  # wait for steps since the last window: they are no part of the pause
+            self._runtime.fetch_later(self._report)()
         self._paused = time.perf_counter()
 
     def resume(self) -> None:
@@ -117,12 +121,15 @@ class TrainingLog:
         if self._pending is None:
             return
         window, self._pending = self._pending, None
+        before = time.perf_counter()
         loss, norm, skipped, in_a_row = window.read()
+        # The step launched meanwhile belongs to the next window. Where a launch does the work, it has taken all the time since;
+        # where a device works behind it, reading has waited for that.
+        ended = window.launched + time.perf_counter() - before
         good = window.steps - int(skipped)
         loss, norm = (loss / good, norm / good) if good else (math.nan, math.nan)
         self._read.append(Window(window.step, window.steps, window.samples, loss, int(skipped), int(in_a_row)))
-        now = time.perf_counter()
-        seconds, self._started = now - self._started, now
+        seconds, self._started = ended - self._started, ended
         config = self._config
         sizes = config.batch_sizes
         sequences = sizes.before(window.step) - sizes.before(window.step - window.steps)

@@ -71,8 +71,10 @@ def test_the_plugin_trains_as_the_cpu_does(precision, start_method, tolerance, t
 
 @needs_stand_in
 def test_the_sharded_path_and_generation_reach_the_plugin(text_data, tmp_path):
-    sharded = trained((*STAND_IN, "train"), text_data, tmp_path, "--sharding", "fsdp", "--train-steps", "3")
-    assert len(sharded) == 3
+    flags = (*data_flags(text_data), "--checkpoints-dir", tmp_path, "--sharding", "fsdp", "--train-steps", "3")
+    output = run(*STAND_IN, "train", *FLAGS, *flags, timeout=170, GPU_NUM_DEVICES="4")
+    assert "4 × XLA CUDA" in output
+    assert len(losses(tmp_path)) == 3
     flags = ("--model", str(tmp_path), "--prompt", "The ", "--max-new-tokens", "8", "--json")
     texts = [run(*STAND_IN, "generate", *flags, "--device", device) for device in ("xla", "cpu")]
     samples = [[json.loads(line) for line in text.splitlines() if line.startswith("{")] for text in texts]
