@@ -184,15 +184,19 @@ class WandbSink:
         except wandb.Error as error:  # no API key, no network
             reason = str(error).splitlines()[0]
             raise UserError(f"--wandb-logging: {reason} (WANDB_MODE=offline logs without an account)") from error
+        # W&B's own count of steps never goes back, as a run does that rolls back or resumes from an older checkpoint.
+        self._run.define_metric("*", step_metric="step")
+        self._last = config.run.train_steps
         self.run_id: str = self._run.id
         self._as_text = lambda text: wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)
 
     def write(self, record: Record) -> None:
+        step = record["step"]
         if record["kind"] == "sample":
-            self._run.log({"sample/text": self._as_text(record["prompt"] + record["text"])}, step=record["step"])
-        elif record["kind"] == "valid" or record["step"] % self._interval == 0:
+            self._run.log({"sample/text": self._as_text(record["prompt"] + record["text"]), "step": step})
+        elif record["kind"] != "train" or step % self._interval == 0 or step == self._last:
             numbers = {f"{record['kind']}/{k}": v for k, v in record.items() if k not in ("kind", "step")}
-            self._run.log(numbers, step=record["step"])
+            self._run.log(numbers | {"step": step})
 
     def advance(self, step: int) -> None:
         pass

@@ -99,11 +99,11 @@ class Saver:
                 advice = f"all is in {self._folder}; the same command copies it"
                 raise StoreError([f"{mistake}; {advice}" for mistake in _named(failure).mistakes])
 
-    def withdraw_after(self, step: int) -> None:
+    def withdraw_after(self, run: "Run", step: int) -> None:
         """Delete the copies of checkpoints after `step`, which the run goes back to; no save may be in flight."""
         if self._uploads is not None:
             try:
-                self._uploads.withdraw_after(step)
+                self._uploads.withdraw_after(step, lambda: run.phases.mark("upload", run.step))
             except StoreError as error:
                 self._copy_failed(error)
 

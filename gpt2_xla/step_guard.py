@@ -103,9 +103,10 @@ class StepGuard:
                 f"or look at the data; step {step} is saved"
             )
         self._rollbacks[step] += 1
+        run.saver.withdraw_after(run, step)  # first: a copy in flight still reads a folder
+        run.phases.mark("rollback", window.step)
         if run.runtime.rank == 0:
             _delete_after(folder, step)
-        run.saver.withdraw_after(step)
         # Last: killed before this line, the run resumes from `step`, or from a checkpoint that the ledger still counts.
         run.ledger.rollback(step, window.samples, {"spike_step": window.step, "loss": window.loss})
         restore(run, folder / f"step-{step:08d}")

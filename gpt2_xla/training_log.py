@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +35,8 @@ class _Pending:
     step: int  # the window's last step
     steps: int
     samples: int  # sequences consumed by then
-    read: Callable[[], list[float]]
+    arrival: Future[tuple[list[float], float]]  # the sums, and when they were there, by time.perf_counter()
     input_wait: float  # seconds
-    launched: float  # when, by time.perf_counter()
 
 
 class TrainingLog:
@@ -59,6 +59,7 @@ class TrainingLog:
         self._none_skipped = torch.zeros(1).to(runtime.device)
         self._skipped_in_a_row = self._none_skipped
         self._report = self._zero
+        self._reader = ThreadPoolExecutor(1, "log reader")
         self._pending: _Pending | None = None
         self._read: list[Window] = []
         self._started = time.perf_counter()
@@ -85,8 +86,9 @@ class TrainingLog:
         self._metrics.advance(step)
         if step % self._config.logging.log_interval == 0 or step == self._config.run.train_steps:
             read = self._runtime.fetch_later(self._report)
-            launched = time.perf_counter()
-            self._pending = _Pending(step, self._steps, samples, read, self._input_wait, launched)
+            # A thread waits for them, and so knows when the last step's work was done: this one is launching the next by then.
+            arrival = self._reader.submit(lambda: (read(), time.perf_counter()))
+            self._pending = _Pending(step, self._steps, samples, arrival, self._input_wait)
             self._sums, self._steps, self._input_wait = self._zero, 0, 0.0
 
     def windows(self, last_step: int) -> list[Window]:
@@ -121,11 +123,7 @@ class TrainingLog:
         if self._pending is None:
             return
         window, self._pending = self._pending, None
-        before = time.perf_counter()
-        loss, norm, skipped, in_a_row = window.read()
-        # The step launched meanwhile belongs to the next window. Where a launch does the work, it has taken all the time since;
-        # where a device works behind it, reading has waited for that.
-        ended = window.launched + time.perf_counter() - before
+        (loss, norm, skipped, in_a_row), ended = window.arrival.result()
         good = window.steps - int(skipped)
         loss, norm = (loss / good, norm / good) if good else (math.nan, math.nan)
         self._read.append(Window(window.step, window.steps, window.samples, loss, int(skipped), int(in_a_row)))

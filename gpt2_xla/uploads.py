@@ -44,11 +44,11 @@ class Uploads:
                 alive()
                 self._changed.wait(POLL)
 
-    def withdraw_after(self, step: int) -> None:
-        """Delete the copies of checkpoints after `step`; raises StoreError."""
+    def withdraw_after(self, step: int, alive: Callable[[], None] = lambda: None) -> None:
+        """Delete the copies of checkpoints after `step`, once none is in flight; raises StoreError. For `alive` see `wait`."""
         with self._changed:
             self._next = None
-        self.wait()
+        self.wait(alive)
         self._remote.withdraw_after(step)
 
     def close(self) -> None:

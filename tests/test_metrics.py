@@ -6,6 +6,8 @@ import math
 import os
 import re
 import struct
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Event, current_thread, main_thread
 from time import monotonic
@@ -18,9 +20,9 @@ from small_runs import FOUR_STEPS, run_here
 
 import run_pretrain
 from gpt2_xla import checkpoint
-from gpt2_xla.config import PretrainConfig
+from gpt2_xla.config import LoggingConfig, PretrainConfig, RunConfig
 from gpt2_xla.errors import UserError
-from gpt2_xla.metrics import JsonlSink, Metrics, open_metrics
+from gpt2_xla.metrics import JsonlSink, Metrics, WandbSink, open_metrics
 from gpt2_xla.report import draw_loss_curve, read_metrics
 
 
@@ -183,14 +185,14 @@ READS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "
 
 @pytest.fixture
 def count_reads(monkeypatch):
-    """Counts, from now on, every way of Python to read a tensor's value in this thread; others read and hash the host's data."""
-    calls: list[str] = []
+    """Counts, from now on, every way of Python to read a tensor's value, by thread: the main one, and the one that waits for the log."""
+    calls: Counter[str] = Counter()
     for name in READS:
         original = getattr(torch.Tensor, name)
 
-        def counted(self, *arguments, _name=name, _original=original, **options):
-            if current_thread() is main_thread():
-                calls.append(_name)
+        def counted(self, *arguments, _original=original, **options):
+            name = current_thread().name
+            calls["log" if name.startswith("log reader") else name] += 1
             return _original(self, *arguments, **options)
 
         monkeypatch.setattr(torch.Tensor, name, counted)
@@ -198,15 +200,16 @@ def count_reads(monkeypatch):
 
 
 def test_nothing_reads_the_device_between_log_steps(train, count_reads):
-    def reads(name: str, steps: int, interval: int) -> int:
+    def reads(name: str, steps: int, interval: int) -> tuple[int, int]:
         count_reads.clear()
         train(name, "--train-steps", steps, "--log-interval", interval, "--gradient-accum-step", 2)
-        return len(count_reads)
+        return count_reads[main_thread().name], count_reads["log"]
 
-    few = reads("few", 5, 1000)
-    assert reads("many", 25, 1000) == few
-    assert reads("logged", 25, 5) == few + 4  # the counter counts: one read per further window
-    assert reads("always", 25, 1) == few + 24
+    few, windows = reads("few", 5, 1000)
+    assert windows == 1
+    assert reads("many", 25, 1000) == (few, 1)
+    assert reads("logged", 25, 5) == (few, 5)
+    assert reads("always", 25, 1) == (few, 25)
 
 
 # Weights & Biases
@@ -237,6 +240,46 @@ def test_wandb_offline_keeps_the_run_and_a_resume_continues_it(train, monkeypatc
     # Two that begin in the same second have a number behind their name.
     assert {path.name.split("-")[3] for path in (folder / "wandb").glob("offline-run-*")} == {identity}
     assert len(losses(folder)) == 5
+
+
+def wandb_records(log: Path) -> Iterator[bytes]:
+    """The records of W&B's file: a header of 7 bytes, then LevelDB's log, in blocks of 32 KiB."""
+    content, place, record = log.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        if (left := 2**15 - place % 2**15) < 7:
+            place += left
+            continue
+        length, kind = struct.unpack_from("<HB", content, place + 4)  # behind a checksum
+        record += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+@NEEDS_WANDB
+def test_wandb_shows_the_course_after_a_rollback_and_the_last_step(monkeypatch, tmp_path):
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for name, value in {"MODE": "offline", "SILENT": "true", "CONFIG_DIR": tmp_path, "CACHE_DIR": tmp_path}.items():
+        monkeypatch.setenv(f"WANDB_{name}", str(value))
+    logging = LoggingConfig(wandb_logging=True, wandb_logging_interval=20)
+    sink = WandbSink(PretrainConfig(run=RunConfig(train_steps=75), logging=logging), tmp_path, None)
+    for step in (80, 90, 100):
+        sink.write({"kind": "train", "step": step, "loss": 3.0})
+    sink.write({"kind": "rollback", "step": 110, "to_step": 50})
+    for step in (60, 70, 75):
+        sink.write({"kind": "train", "step": step, "loss": 2.0})
+    sink.close()
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    seen = []
+    for data in wandb_records(log):
+        record = Record()
+        record.ParseFromString(data)
+        items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        if items:
+            seen.append((items["step"], items.get("train/loss")))
+    assert seen == [(80, 3.0), (100, 3.0), (110, None), (60, 2.0), (75, 2.0)]
 
 
 @NEEDS_WANDB

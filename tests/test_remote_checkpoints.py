@@ -348,7 +348,7 @@ def test_a_run_that_goes_back_leaves_no_later_checkpoint_there(tmp_path):
     for step in (1, 2, 3):
         remote.publish(save(tmp_path / "a", step), keep=9)
     run = small_run(tmp_path / "a", remote_dir=URL)
-    run.saver.withdraw_after(2)
+    run.saver.withdraw_after(run, 2)
     assert steps(remote) == [2, 1]
     assert folders() == {entry.name for entry in remote.published()}
     remote.publish(save(tmp_path / "b", 1), keep=9)  # the same, had the machine been lost before it could withdraw them

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from gpt2_xla.errors import Stopped, UserError
 from gpt2_xla.runtime.stop_signals import StopRequest
 
-WAIT = timedelta(minutes=10)  # for a host to come; then for any collective
+WAIT = timedelta(minutes=10)  # for a host to come, and to connect
+FOREVER = timedelta(days=365)  # for a collective: how long one may take says --hang-timeout, which knows what all do
 SAME = "start the command on every host with the same --nnodes, --nproc_per_node and --rdzv-endpoint"
 SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 TRIAL = "GPT2_XLA_TRIAL"  # set in processes that try something beside those of the run: their number
@@ -79,7 +80,10 @@ def open_group(backend: str, device: torch.device, stop: StopRequest) -> dist.Pr
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=WAIT, device_id=device_id
         )
-        return dist.new_group(backend="gloo")
+        wait_for_ever(dist.group.WORLD)
+        of_cpus = dist.new_group(backend="gloo", timeout=WAIT)
+        wait_for_ever(of_cpus)
+        return of_cpus
     except RuntimeError as error:
         interfaces = " and ".join(f"{name}_SOCKET_IFNAME" for name in dict.fromkeys(("GLOO", backend.upper())))
         said = re.sub(r"\[/\S+\] ", "", str(error).splitlines()[0])  # without the place in torch's source
@@ -88,6 +92,11 @@ def open_group(backend: str, device: torch.device, stop: StopRequest) -> dist.Pr
             f"({said}); on several hosts set {interfaces} to the network interface that joins them (`ip -br address` lists "
             "them), and open all ports between them"
         ) from error
+
+
+def wait_for_ever(group: dist.ProcessGroup | None) -> None:
+    """Have the group's collectives wait for processes that are late, however long, once it has connected them."""
+    dist.distributed_c10d._set_pg_timeout(FOREVER, group)  # private, as there is no other way; checked on torch 2.9
 
 
 def meet(environment: Mapping[str, str], wait: timedelta, stop: StopRequest) -> dist.Store:  # type: ignore[name-defined]

@@ -24,6 +24,7 @@ from gpt2_xla.model import GPT, RMSNorm
 from gpt2_xla.muon import orthogonalized
 from gpt2_xla.notes import note
 from gpt2_xla.runtime.process_mesh import process_mesh, sharding_note, world_size
+from gpt2_xla.runtime.rendezvous import wait_for_ever
 from gpt2_xla.runtime.stop_signals import StopRequest
 from gpt2_xla.runtime.torch_runtime import TorchRuntime, compiled
 from gpt2_xla.shares import Share
@@ -51,6 +52,8 @@ class ShardedRuntime(TorchRuntime):
         copies = {"data": self.shape.data} if self.shape.data > 1 else {}
         axes = {**copies, "fsdp": self.shape.fsdp}
         self._mesh = init_device_mesh(self.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+        for group in self._mesh.get_all_groups():
+            wait_for_ever(group)
         self._held: list[Tensor] = []
 
     def describe(self) -> str:
