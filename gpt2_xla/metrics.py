@@ -1,4 +1,4 @@
-"""What a run tells: one Metrics object, and the sinks that it writes to (progress bar, JSONL, W&B)."""
+"""What a run tells: one Metrics object, and the sinks that it writes to (screen, JSONL, W&B)."""
 
 import contextlib
 import html
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from gpt2_xla.config import LoggingConfig, PretrainConfig, to_dict
 from gpt2_xla.errors import UserError
+from gpt2_xla.progress import open_progress, tell
 
 Record = dict[str, Any]
 
@@ -51,9 +52,9 @@ class Metrics:
             sink.advance(step)
 
     def say(self, text: str) -> None:
-        """Print a line of text above the progress bar."""
+        """Print a line of text beside the progress."""
         if self.sinks:
-            tqdm.write(text)
+            tell(text)
 
     def close(self) -> None:
         """Close every sink."""
@@ -77,57 +78,7 @@ def open_metrics(config: PretrainConfig, step: int, rank: int, wandb_id: str | N
     sinks: list[Sink] = [JsonlSink(folder / "metrics.jsonl")]
     if config.logging.wandb_logging:
         sinks.append(WandbSink(config, folder, config.logging.wandb_resume_id or wandb_id))
-    return Metrics([*sinks, ProgressBar(config, step)])  # last: nothing else may write on its line
-
-
-class ProgressBar:
-    """tqdm's bar with the last logged loss, tokens/s and MFU; validation results are lines above it."""
-
-    def __init__(self, config: PretrainConfig, step: int) -> None:
-        self._sizes, self._steps = config.batch_sizes, config.run.train_steps
-        # Steps of different sizes take different times: then the bar and its estimate count sequences.
-        self._counts_steps = len(self._sizes.stages) == 1
-        # In a log file a bar that redraws twice a second would drown everything else.
-        interval = 0.5 if sys.stderr.isatty() else 30.0
-        self._bar = tqdm(
-            total=self._position(self._steps),
-            initial=self._position(step),
-            unit="step" if self._counts_steps else "seq",
-            dynamic_ncols=True,
-            mininterval=interval,
-            smoothing=0.05,
-        )
-
-    def write(self, record: Record) -> None:
-        if record["kind"] == "valid":
-            best = ", the best so far" if record["best"] else ""
-            tqdm.write(
-                f"step {record['step']}: validation loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}{best}"
-            )
-            return
-        if record["kind"] == "sample":
-            tqdm.write(f"step {record['step']} writes: {record['prompt']}{record['text']}")
-            return
-        if record["kind"] != "train":
-            return
-        shown = {"loss": f"{record['loss']:.4f}", "tokens/s": f"{record['tokens_per_second']:,.0f}"}
-        if record.get("mfu") is not None:
-            shown["MFU"] = f"{record['mfu']:.1%}"
-        if record.get("compiles"):
-            shown["compiles"] = f"{record['compiles']} in {record['compile_seconds']:.0f} s"
-        self._bar.set_postfix(shown, refresh=False)
-
-    def _position(self, step: int) -> int:
-        """Of the bar, after `step` steps."""
-        return step if self._counts_steps else self._sizes.before(step)
-
-    def advance(self, step: int) -> None:
-        if not self._counts_steps:
-            self._bar.set_description_str(f"step {step} of {self._steps}", refresh=False)
-        self._bar.update(self._position(step) - self._bar.n)
-
-    def close(self) -> None:
-        self._bar.close()
+    return Metrics([*sinks, open_progress(config, step)])  # last: nothing else may write on its line
 
 
 class JsonlSink:
