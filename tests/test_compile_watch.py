@@ -74,6 +74,16 @@ def test_the_limit_asks_once_to_stop(runtime):
     assert watch.verdict.endswith("That is more than --max-recompiles 2")
 
 
+def test_the_summary_says_that_it_counts_more_than_training(runtime):
+    watch = CompileWatch(runtime, lambda _: None)
+    assert watch.summary() == ""
+    runtime.count += 1
+    together = "training, validation and saving together: "
+    assert watch.summary() == f"{together}1 program compiled in 1.0 s, 0 of them after warm-up"
+    runtime.count += 2
+    assert watch.summary() == f"{together}3 programs compiled in 3.0 s, 0 of them after warm-up"
+
+
 @pytest.mark.xla
 def test_a_changing_shape_saves_and_stops_the_run(tmp_path, text_data):
     flags = [*TINY, *data_flags(text_data), "--train-steps", "50", "--checkpoints-dir", tmp_path / "run"]

@@ -52,11 +52,13 @@ class CompileWatch:
         self._last.pop(kind, None)
 
     def summary(self) -> str:
-        """What was compiled since the watch began, in words; empty if the runtime compiles nothing."""
+        """What was compiled and executed, for all kinds of work, in words; empty if the runtime compiles nothing."""
         stats = self._runtime.compile_stats()
         if not stats.count and not stats.cache_hits:
             return ""
-        text = f"compiled {stats.count} programs in {stats.seconds:.1f} s, {self.recompiles} of them after warm-up"
+        programs = f"{stats.count} program{'' if stats.count == 1 else 's'} compiled in {stats.seconds:.1f} s"
+        # A save alone copies every tensor: beside the numbers of training in metrics.jsonl these would seem too many.
+        text = f"training, validation and saving together: {programs}, {self.recompiles} of them after warm-up"
         if stats.executions:
             text += f"; {stats.executions - self._start.executions:,} executions"
             text += f", {stats.fetches - self._start.fetches:,} copies to the host"
