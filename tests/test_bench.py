@@ -184,7 +184,7 @@ def test_a_command_tells_all_loops_side_by_side_and_why_one_did_not_run():
 
 def test_more_processes_are_held_against_one():
     rows, scaling, breakdown = tables(run(*BENCH, *SMALL, "--processes", "1", "2", "--breakdown", OMP_NUM_THREADS="1"))
-    assert [row["machine"] for row in rows.values()] == ["1 × cpu, 1 threads", "2 × cpu, 1 threads (gloo)"]
+    assert [row["machine"] for row in rows.values()] == ["1 × cpu, 1 thread", "2 × cpu, 1 thread (gloo)"]
     assert [row["tokens a step"] for row in scaling.values()] == ["32", "64"]
     assert number(scaling["1"]["efficiency"]) == 1
     assert number(scaling["2"]["efficiency"]) > 0

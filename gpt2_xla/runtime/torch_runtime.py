@@ -68,7 +68,8 @@ class TorchRuntime:
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         if self.device.type == "cpu":
-            name += f", {torch.get_num_threads()} threads"
+            threads = torch.get_num_threads()
+            name += f", {threads} thread{'s' if threads > 1 else ''}"
         return f"{self.world_size} × {name} ({self.backend})" if self.world_size > 1 else f"1 × {name}"
 
     def place(self, model: nn.Module) -> nn.Module:
