@@ -228,23 +228,10 @@ class ChaosConfig:
         ("torch",),
         "what to hurt, in turns: run_pretrain.py alone, or two of it under torchrun; run_pretrain_xla.py on CPU, or with two replicas",
     )
-    faults: tuple[
-        Literal[
-            "SIGKILL",
-            "SIGKILL-first",
-            "SIGTERM",
-            "SIGINT",
-            "SIGUSR1",
-            "preempt",
-            "truncate",
-            "flip",
-            "delete",
-            "full-disk",
-            "kill-replica",
-            "stop-replica",
-        ],
-        ...,
-    ] = option((), "faults to choose from; default: all. full-disk mounts a tmpfs, which needs root")
+    faults: tuple[str, ...] = option(
+        (),
+        "faults to choose from: SIGKILL, SIGKILL-first, SIGTERM, SIGINT, SIGUSR1, preempt, truncate, flip, delete, full-disk (needs root: it mounts a tmpfs), kill-replica, stop-replica; default: all",
+    )
     minutes: float = option(30.0, "time limit for all trials together; none begins after it")
     trial_seconds: float = option(
         150.0,

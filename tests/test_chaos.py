@@ -1,5 +1,6 @@
 """scripts/chaos.py: hurt runs end as one that nobody hurt; and what is wrong with a run is seen."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -12,6 +13,7 @@ from gpt2_xla.chaos.faults import FAULTS, Moment, delete, flip, truncate
 from gpt2_xla.chaos.session import line, table
 from gpt2_xla.chaos.trial import Strike, differences, odd_end, plan, reference_run
 from gpt2_xla.chaos.victim import LAST, Victim, write_data
+from gpt2_xla.script_config import ChaosConfig
 
 CHAOS = (*PYTHON, str(ROOT / "scripts" / "chaos.py"))
 
@@ -117,9 +119,18 @@ def test_all_processes_of_a_victim_are_found_and_ended(tmp_path):
     assert hiding.family() == []
 
 
+def test_the_help_names_every_fault():
+    (faults,) = (field for field in dataclasses.fields(ChaosConfig) if field.name == "faults")
+    named = faults.metadata["help"].removeprefix("faults to choose from: ").split("; ")[0].split(", ")
+    assert [fault.name for fault in FAULTS] == [name.split(" (")[0] for name in named]
+
+
 def test_mistakes_of_the_command_are_told_together(tmp_path):
-    process = start(*CHAOS, "--trials", "0", "--runtimes", "--folder", tmp_path / "none")
+    process = start(*CHAOS, "--trials", "0", "--faults", "flop", "--runtimes", "--folder", tmp_path / "none")
     output = finish(process)
     assert process.returncode == 2
-    for part in ("--trials 0 is too small", "--runtimes names none", f"--folder {tmp_path / 'none'} is no folder"):
+    for part in (
+        *("--trials 0 is too small", "--runtimes names none", "--faults flop is not one of SIGKILL, "),
+        *("did you mean flip?", f"--folder {tmp_path / 'none'} is no folder"),
+    ):
         assert part in output

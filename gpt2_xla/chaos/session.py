@@ -14,6 +14,7 @@ from types import FrameType
 from gpt2_xla.chaos.faults import FAULTS, Fault
 from gpt2_xla.chaos.trial import Reference, Trial, plan, reference_run, run_trial, why_no_disk
 from gpt2_xla.chaos.victim import write_data
+from gpt2_xla.cli import did_you_mean
 from gpt2_xla.errors import UserError
 from gpt2_xla.script_config import ChaosConfig
 
@@ -49,6 +50,12 @@ def _check(config: ChaosConfig) -> None:
     mistakes = [f"{flag} {value:g} is too small; expected more than 0" for flag, value in limits.items() if value <= 0]
     if not config.runtimes:
         mistakes.append("--runtimes names none; give one, for example torch")
+    names = [fault.name for fault in FAULTS]
+    mistakes += [
+        f"--faults {name} is not one of {', '.join(names)}{did_you_mean(name, names)}"
+        for name in config.faults
+        if name not in names
+    ]
     if config.folder is not None and not Path(config.folder).is_dir():
         mistakes.append(f"--folder {config.folder} is no folder; create it first")
     if mistakes:
