@@ -119,6 +119,7 @@ def test_bare_shards_are_described_by_their_ids(tmp_path: Path) -> None:
     np.save(tmp_path / "bare" / "a.npy", np.array([7, 8, 7], np.uint16))
     report, _ = inspect(config(tmp_path), tmp_path / "bare")
     assert "unknown (no manifest)" in report
+    assert "documents     unknown: which token ends one is not recorded" in report
     assert "“7”" in report
     with pytest.raises(UserError, match="--against needs a tokenizer"):
         inspect(config(tmp_path, against=("x",)), tmp_path / "bare")
@@ -153,6 +154,45 @@ def test_documents_of_the_source_are_found_token_for_token(tmp_path: Path, order
     report, _ = inspect(config(tmp_path, against=(str(source),)), folder)
     assert "3 of 4 documents" in report
     assert "first begins 'another'" in report
+
+
+POEM = "one document that a split has cut in two, so that no end of text is in its first part\n"
+
+
+@pytest.mark.parametrize("cut", [20, 60])
+def test_both_parts_of_a_cut_document_are_found_and_no_other_text_is(tmp_path: Path, cut: int) -> None:
+    for name, text in (("mine", POEM), ("yours", POEM.replace("one", "two").replace("first part", "last part"))):
+        (tmp_path / f"{name}.txt").write_text(text)
+    tokens = text_tokens([POEM])
+    parts = {
+        "first": write_folder(tmp_path / "train", tokens[:cut]),
+        "last": write_folder(tmp_path / "v", tokens[cut:]),
+    }
+    for side, folder in parts.items():
+        report, _ = inspect(config(tmp_path, against=(str(tmp_path / "mine.txt"),)), folder)
+        assert "1 of 1 documents" in report
+        size = cut if side == "first" else len(POEM) - cut
+        assert f"of one, which the split cut, only the {side} {size} of its {len(POEM)} tokens" in report
+        with pytest.raises(UserError, match="none of 1 documents"):
+            inspect(config(tmp_path, against=(str(tmp_path / "yours.txt"),)), folder)
+
+
+def test_whole_documents_around_a_cut_one_are_told_apart(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for i, text in enumerate((*TEXTS, POEM, "behind the cut")):
+        (source / f"{i}.txt").write_text(text)
+    tokens = text_tokens([*TEXTS, POEM])
+    report, _ = inspect(config(tmp_path, against=(str(source),)), write_folder(tmp_path / "data", tokens[:-30]))
+    assert "4 of 5 documents" in report  # an empty file is no document
+    assert f"only the first {len(POEM) - 29} of its {len(POEM)} tokens" in report
+    assert "(perhaps in the other split): 1; the first begins 'behind" in report
+
+
+def test_data_without_an_end_of_text_says_why_it_shows_no_documents(tmp_path: Path) -> None:
+    report, picture = inspect(config(tmp_path), write_folder(tmp_path / "data", text_tokens([POEM])[:40]))
+    assert "documents     none ends here: the 40 tokens are a part of one" in report
+    assert picture.read_bytes().startswith(PNG)
 
 
 def test_shards_of_another_text_are_refused(tmp_path: Path) -> None:

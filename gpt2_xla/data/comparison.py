@@ -14,43 +14,62 @@ from gpt2_xla.errors import UserError
 from gpt2_xla.script_config import InspectConfig
 from gpt2_xla.tokenizer import Tokenizer
 
+SHORTEST_PART = 16  # tokens of a cut document; fewer are alike by chance
+
 
 def compare(config: InspectConfig, stream: TokenStream, tokenizer: Tokenizer, end_of_text: int) -> str:
     """Tokenize --against-documents documents of --against again and look for them between end-of-texts; a sentence.
 
-    A source is usually split into train/ and valid/, so some documents may be elsewhere. Raises `UserError` if none is here.
+    A source is usually split into train/ and valid/, so some documents may be elsewhere, and one may be cut in two: then its
+    part is looked for. Raises `UserError` if none is here.
     """
     wanted: dict[bytes, str] = {}
-    lengths: set[int] = set()
+    lengths: dict[bytes, int] = {}  # tokens
     for text in _sample(config):
         tokens = np.array(tokenizer.encode(text), np.int64)
         wanted.setdefault(_digest(tokens), text)
-        lengths.add(len(tokens))
+        lengths[_digest(tokens)] = len(tokens)
     if not wanted:
         raise UserError(f"--against {' '.join(config.against)} holds no documents")
     missing = dict(wanted)
+    known = set(lengths.values())
+    first_end, rest = (
+        len(stream),
+        0,
+    )  # where the first document ends, and where what follows the last end-of-text begins
     with tqdm(total=len(stream), desc="comparing", unit="token", unit_scale=True, leave=False) as bar:
         for start, stop in _documents(stream, end_of_text, bar):
-            if stop - start in lengths:  # only these need to be read again
-                tokens = np.empty(stop - start, np.int64)
-                stream.read_into(start, tokens)
-                missing.pop(_digest(tokens), None)
+            first_end, rest = min(first_end, stop), stop + 1
+            if stop - start in known:  # only these need to be read again
+                missing.pop(_digest(_read(stream, start, stop)), None)
             if not missing:
                 break
-    found = len(wanted) - len(missing)
-    if not found:
-        first = next(iter(missing.values()))
+    parts = []
+    for side, start, stop in (("first", rest, len(stream)), ("last", 0, first_end)):
+        longer = [key for key in missing if lengths[key] > stop - start >= SHORTEST_PART]
+        part = _read(stream, start, stop) if longer else np.empty(0, np.int64)
+        for key in longer:
+            tokens = np.array(tokenizer.encode(missing[key]), np.int64)
+            if np.array_equal(part, tokens[: len(part)] if side == "first" else tokens[-len(part) :]):
+                parts.append(f"the {side} {len(part):,} of its {len(tokens):,} tokens")
+                del missing[key]
+                break
+    return _sentence(config, tokenizer, len(wanted), list(missing.values()), parts)
+
+
+def _sentence(config: InspectConfig, tokenizer: Tokenizer, wanted: int, missing: list[str], parts: list[str]) -> str:
+    """What was found of `wanted` documents; UserError if nothing was."""
+    if len(missing) == wanted:
         raise UserError(
-            f"none of {len(wanted)} documents of --against {' '.join(config.against)} is in the shards, tokenized by "
-            f"{tokenizer.name}; the first begins {first[:60]!r}: is this the source that they were prepared from?"
+            f"none of {wanted} documents of --against {' '.join(config.against)} is in the shards, tokenized by "
+            f"{tokenizer.name}; the first begins {missing[0][:60]!r}: is this the source that they were prepared from?"
         )
-    text = f"  compared      {found} of {len(wanted)} documents of {' '.join(config.against)} are here, token for token"
+    here = f"{wanted - len(missing)} of {wanted} documents of {' '.join(config.against)}"
+    lines = [f"  compared      {here} are here, token for token"]
+    lines += [f"of one, which the split cut, only {part}" for part in parts]
     if missing:
-        first = next(iter(missing.values()))
-        text += (
-            f"\n                not here (perhaps in the other split): {len(missing)}; the first begins {first[:60]!r}"
-        )
-    return text
+        lines.append(f"not here (perhaps in the other split): {len(missing)}; the first begins {missing[0][:60]!r}")
+    return f"\n{' ' * 16}".join(lines)
 
 
 def _sample(config: InspectConfig) -> list[str]:
@@ -81,6 +100,12 @@ def _documents(stream: TokenStream, end_of_text: int, bar: tqdm) -> Iterator[tup
             yield first, end
             first = end + 1
         bar.update(len(tokens))
+
+
+def _read(stream: TokenStream, start: int, stop: int) -> np.ndarray:
+    tokens = np.empty(stop - start, np.int64)
+    stream.read_into(start, tokens)
+    return tokens
 
 
 def _digest(tokens: np.ndarray) -> bytes:

@@ -176,6 +176,8 @@ def _numbers(folder: Path, manifest: Manifest, found: Statistics, checked: str) 
             ("documents", f"{found.documents:,}, {found.empty:,} of them empty; {found.tail:,} tokens after the last"),
             ("their length", f"{found.shortest:,} to {found.longest:,} tokens, {mean:,.1f} on average"),
         ]
+    else:
+        rows.append(("documents", _why_no_documents(found)))
     lines = [f"  {name:<13} {text}" for name, text in rows]
     if found.documents:
         lines += ["", "  tokens in a document"]
@@ -185,6 +187,12 @@ def _numbers(folder: Path, manifest: Manifest, found: Statistics, checked: str) 
             stars = "█" * round(40 * count / int(found.lengths.max()))
             lines.append(f"  {_bin_name(b):>24} {count:>12,} {stars}")
     return "\n".join(lines)
+
+
+def _why_no_documents(found: Statistics) -> str:
+    if found.tail:
+        return f"none ends here: the {found.tail:,} tokens are a part of one"
+    return "unknown: which token ends one is not recorded"
 
 
 def _bin_name(number: int) -> str:
@@ -234,7 +242,13 @@ def draw(found: Statistics, decode: Callable[[Sequence[int]], str], title: str, 
         shown = np.arange(bins[0], bins[-1] + 1)
         lengths.bar(range(len(shown)), found.lengths[shown], color="#3182bd", width=0.95)
         lengths.set_xticks(range(len(shown)), [f"≤ {2**b:,}" for b in shown.tolist()], rotation=60, ha="right")
-    lengths.set(title=f"{found.documents:,} documents by length", xlabel="tokens", ylabel="documents")
+        lengths.yaxis.get_major_locator().set_params(integer=True)
+        plural = "s" if found.documents > 1 else ""
+        lengths.set(title=f"{found.documents:,} document{plural} by length", xlabel="tokens", ylabel="documents")
+    else:
+        lengths.axis("off")
+        lengths.text(0.5, 0.5, _why_no_documents(found).replace(": ", ":\n"), ha="center", va="center", fontsize=11)
+        lengths.set(title="documents by length")
     counts = np.sort(found.counts[found.counts > 0])[::-1]
     ranks.loglog(np.arange(1, len(counts) + 1), counts, color="#3182bd")
     ranks.set(title=f"{found.tokens:,} tokens by rank", xlabel="rank of the token id", ylabel="occurrences")
