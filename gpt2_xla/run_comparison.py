@@ -34,6 +34,10 @@ class Group:
         values = [losses[index] for losses in self.losses]
         return statistics.stdev(values) if len(values) > 1 else 0.0
 
+    def begins_below(self, loss: float) -> bool:
+        """Whether it was there before its first validation: then tokens_to() is an upper bound."""
+        return self.means[0] < loss
+
     def tokens_to(self, loss: float) -> float:
         """Tokens after which the mean loss has come down to `loss`, on a line between validations; inf if it has not."""
         means = self.means
@@ -94,7 +98,10 @@ def table(groups: Sequence[Group]) -> str:
     ]
     for group in groups:
         needed = group.tokens_to(first.means[-1])
-        told = ("never", "") if math.isinf(needed) else (f"{needed:,.0f}", f"{needed / first.tokens[-1]:.2f}")
+        most = "≤ " if group.begins_below(first.means[-1]) else ""
+        told = (f"{most}{needed:,.0f}", f"{most}{needed / first.tokens[-1]:.2f}")
+        if math.isinf(needed):
+            told = "never", ""
         lines.append(
             f"| {group.name} | {len(group.runs)} | {group.tokens[-1]:,} | {group.means[-1]:.4f} | {group.spread(-1):.4f} | "
             f"{told[0]} | {told[1]} |"
@@ -108,6 +115,7 @@ def draw(groups: Sequence[Group], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for number, group in enumerate(groups):
@@ -119,11 +127,13 @@ def draw(groups: Sequence[Group], path: Path) -> None:
         low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
         high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
         axes.fill_between(group.tokens, low, high, color=color, alpha=0.2, linewidth=0)
-    target, needed = groups[0].means[-1], [group.tokens_to(groups[0].means[-1]) for group in groups]
+    target = groups[0].means[-1]
     axes.axhline(target, color="#636363", linewidth=0.8, linestyle="--")
-    for number, tokens in enumerate(needed[1:], start=1):
-        if not math.isinf(tokens):
+    for number, group in enumerate(groups[1:], start=1):
+        tokens = group.tokens_to(target)
+        if not math.isinf(tokens) and not group.begins_below(target):  # else the place is not on its curve
             axes.plot([tokens], [target], color=COLORS[number % len(COLORS)], marker="x", markersize=9)
+    axes.xaxis.set_major_formatter(EngFormatter())  # 600 k and 1 M, by whatever the ticks are
     axes.set_xlabel("tokens trained on")
     axes.set_ylabel("validation loss (nats per token)")
     axes.legend(frameon=False)

@@ -5,12 +5,21 @@ import math
 
 import pytest
 from commands import PYTHON, ROOT, finish, run, start
+from matplotlib import pyplot
 
 from gpt2_xla.config import DataConfig, ModelConfig, PretrainConfig, to_dict
-from gpt2_xla.run_comparison import read_groups
+from gpt2_xla.run_comparison import draw, read_groups, table
 
 COMPARE = (*PYTHON, str(ROOT / "scripts" / "compare_runs.py"))
 CONFIG = PretrainConfig(model=ModelConfig(seq_length=10), data=DataConfig(train_batch_size=2, gradient_accum_step=5))
+
+
+CURVES = {
+    "first": {1000: 4.0, 2000: 3.0},
+    "below": {1000: 2.9, 2000: 2.5},
+    "at": {1000: 3.0, 2000: 2.5},
+    "never": {1000: 5.0, 2000: 4.0},
+}
 
 
 @pytest.fixture
@@ -35,6 +44,29 @@ def test_means_spreads_and_the_tokens_to_the_first_groups_loss(make_run, tmp_pat
     assert "| gpt2 | 2 | 2,000 | 3.1000 | 0.1414 | 2,000 | 1.00 |" in output
     assert "| modern | 1 | 2,000 | 2.5000 | 0.0000 | 1,400 | 0.70 |" in output  # from 3.5 at 1,000 to 2.5 at 2,000
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_group_that_begins_below_the_first_groups_loss_has_an_upper_bound_and_no_cross(
+    make_run, tmp_path, monkeypatch
+):
+    named = [f"{name}={make_run(name, losses)}" for name, losses in CURVES.items()]
+    groups = read_groups(named)
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table(groups).splitlines()[2:]]
+    assert {row[0]: tuple(row[5:]) for row in rows} == {
+        "first": ("200,000", "1.00"),
+        "below": ("≤ 100,000", "≤ 0.50"),
+        "at": ("100,000", "0.50"),
+        "never": ("never", ""),
+    }
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    draw(groups, tmp_path / "x.png")
+    (axes,) = drawn[0].axes
+    crosses = [(*line.get_xdata(), *line.get_ydata()) for line in axes.lines if line.get_marker() == "x"]
+    assert crosses == [(100_000, 3.0)]  # of the one whose curve it is on
+    assert {label.get_text()[-2:] for label in axes.get_xticklabels() if label.get_text() != "0"} == {" k"}
+    monkeypatch.undo()
+    pyplot.close(drawn[0])
 
 
 def test_a_loss_that_is_never_reached_or_reached_at_once(make_run):
