@@ -41,7 +41,8 @@ class SettingSearch:
 
     def next(self) -> list[Wish]:
         """What to compile now; nothing at the end."""
-        return [Wish(self.slice, replace_fields(self.config, setting | self._split())) for setting in self._round]
+        whole = [setting | self._split() for setting in self._round]
+        return [Wish(self.slice, replace_fields(self.config, setting), as_flags(setting)) for setting in whole]
 
     def learn(self, results: list[Compiled]) -> None:
         """What became of the last round, and so what the next one is."""

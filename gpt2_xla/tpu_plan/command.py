@@ -2,10 +2,7 @@
 
 import importlib.util
 import json
-import sys
 from dataclasses import replace
-
-from tqdm import tqdm
 
 from gpt2_xla.cli import Parsed
 from gpt2_xla.errors import UserError
@@ -13,10 +10,10 @@ from gpt2_xla.runtime.xla_installation import package_mistakes
 from gpt2_xla.script_config import PlanConfig
 from gpt2_xla.tpu_plan.cheapest_settings import SettingSearch, cheapest_settings
 from gpt2_xla.tpu_plan.comparison import AS_GIVEN, Row, table, variants
-from gpt2_xla.tpu_plan.jobs import Job
 from gpt2_xla.tpu_plan.largest_batch import Search, largest_batches
 from gpt2_xla.tpu_plan.outcome import facts
 from gpt2_xla.tpu_plan.plan import Planner, Wish
+from gpt2_xla.tpu_plan.progress import Progress
 from gpt2_xla.tpu_plan.refusals import division_mistakes
 from gpt2_xla.tpu_plan.report import headline, report
 from gpt2_xla.tpu_plan.topology import Topology, topology
@@ -34,14 +31,14 @@ def plan_tpu(parsed: Parsed[PlanConfig], mistakes: list[str]) -> int:
     config = _with_largest_batch(config)
     steps = variants(config, found)
     slices = _slices(config, found)
-    with _Progress() as progress:
-        compile = Planner(config, progress.tick).compile
+    with Progress() as progress:
+        compile = Planner(config, progress.tick, progress.compiled).compile
         if config.plan.find_batch:
             searches = largest_batches(slices, config, compile)
         elif config.plan.find_settings:
             settings = cheapest_settings(slices, config, parsed.explicit, compile)
         else:
-            wishes = [(name, Wish(one, step)) for one in slices for name, step in steps]
+            wishes = [(name, Wish(one, step, name)) for one in slices for name, step in steps]
             results = compile([wish for _, wish in wishes])
             rows = [Row(name, one) for (name, _), one in zip(wishes, results, strict=True)]
     if config.plan.find_batch:
@@ -127,30 +124,3 @@ def _slices(config: PlanConfig, mistakes: list[str]) -> list[Topology]:
     if mistakes:
         raise UserError(mistakes)
     return slices
-
-
-class _Progress:
-    """A bar on standard error, which says what runs."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm | None = None
-        self._what = ""
-
-    def tick(self, what: str, running: list[Job], ended: int, total: int) -> None:
-        if self._bar is None or (what, total) != (self._what, self._bar.total):
-            self.close()
-            self._what = what
-            self._bar = tqdm(total=total, desc=what, file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
-        self._bar.set_postfix_str(", ".join(f"{job.name} {job.seconds:.0f} s" for job in running), refresh=False)
-        self._bar.update(ended - self._bar.n)
-        self._bar.refresh()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -99,12 +99,12 @@ def run_jobs(
                 job = waiting.pop(0)
                 running.append(job)
                 job.start()
+            tick(running, ended)  # before any of them can end: each is heard of
             time.sleep(POLL)
             for job in [job for job in running if job.has_ended(limit)]:
                 running.remove(job)
                 ended += 1
                 yield job
-            tick(running, ended)
     finally:
         for job in running:
             job.kill()

@@ -45,7 +45,7 @@ class Search:
         else:
             size = (low + high) // 2
         data = replace(self.config.data, train_batch_size=size * self.unit)
-        return Wish(self.slice, replace(self.config, data=data))
+        return Wish(self.slice, replace(self.config, data=data), f"--train-batch-size {size * self.unit}")
 
     def learn(self, compiled: Compiled) -> None:
         """What became of the last wish."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,12 @@ class Wish:
 
     slice: Topology
     config: PlanConfig
+    name: str = field(default="", compare=False)  # how the step differs from the one that was given, as flags
+
+    @property
+    def title(self) -> str:
+        """For a person."""
+        return f"{self.name} on {self.slice.name}" if self.name else self.slice.name
 
     @property
     def key(self) -> str:
@@ -73,11 +79,16 @@ class Compiled:
 class Planner:
     """Compiles wishes, keeping what it learnt in a folder."""
 
-    def __init__(self, config: PlanConfig, tick: Callable[[str, list[Job], int, int], None]) -> None:
+    def __init__(
+        self,
+        config: PlanConfig,
+        tick: Callable[[str, list[Job], int, int], None],  # hears what runs
+        compiled: Callable[[Wish, Answer | str, float, int, int], None] = lambda *_: None,  # hears what has ended
+    ) -> None:
         self._cache = PlanCache(Path(config.plan.plan_cache).expanduser())
         self._limit = float(config.plan.time_limit)
         self._at_a_time = config.plan.jobs
-        self._tick = tick
+        self._tick, self._compiled = tick, compiled
 
     def compile(self, wishes: list[Wish]) -> list[Compiled]:
         """All of them, in their order. What has ended is kept, also when the others are interrupted."""
@@ -126,7 +137,7 @@ class Planner:
     def _compile(self, requests: dict[str, tuple[Request, Wish]], folder: Path) -> dict[str, Answer | str]:
         """An answer for each request, or why there is none; what is not known yet is compiled."""
         found: dict[str, Answer | str] = {}
-        jobs: dict[Path, tuple[str, Request]] = {}
+        jobs: dict[Path, tuple[str, Request, Wish]] = {}
         todo = []
         for key, (request, wish) in requests.items():
             if known := self._cache.find(key):
@@ -135,11 +146,12 @@ class Planner:
             file, answer = folder / f"{key}.request", folder / f"{key}.json"
             placed = replace(request, hlo=str(folder / f"{key}.hlo.gz"), answer=str(answer))
             file.write_text(json.dumps(asdict(placed)))
-            todo.append(Job(request.topology, "gpt2_xla.tpu_plan.compiler", file, answer, compile_memory(wish.config)))
-            jobs[file] = key, placed
-        for job in self._run("compiling", todo, self._limit):
-            key, placed = jobs[job.file]
+            todo.append(Job(wish.title, "gpt2_xla.tpu_plan.compiler", file, answer, compile_memory(wish.config)))
+            jobs[file] = key, placed, wish
+        for ended, job in enumerate(self._run("compiling", todo, self._limit), start=1):
+            key, placed, wish = jobs[job.file]
             found[key] = f"the compiler {job.failure}" if job.failure else self._cache.keep(key, placed)
+            self._compiled(wish, found[key], job.seconds, ended, len(todo))
         return found
 
     def _run(self, what: str, jobs: list[Job], limit: float) -> Iterator[Job]:
