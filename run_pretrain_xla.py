@@ -11,7 +11,9 @@ from gpt2_xla.errors import run_main
 
 def main() -> None:
     from gpt2_xla.runtime.stop_signals import StopSignals
+    from gpt2_xla.runtime.xla_installation import refuse_torchrun
 
+    refuse_torchrun()
     with StopSignals() as stop:  # before the slow imports: a signal that comes during them is heard too
         from gpt2_xla.runtime.maintenance import watch_maintenance
         from gpt2_xla.runtime.xla_launch import launch, machine_mistakes

@@ -239,6 +239,23 @@ def test_torchrun_ends_with_the_sentence(text_data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_xla_program_refuses_torchrun_at_once(monkeypatch, capsys, text_data, tmp_path):
+    flags = [flag for flag in FOUR_STEPS if flag not in ("--device", "cpu")]
+    flags += [*data_flags(text_data), "--checkpoints-dir", str(tmp_path / "run")]
+    process = start(*torchrun(2, TRAIN_XLA[-1]), *flags)
+    printed = finish(process, 90)
+    assert process.returncode != 0
+    sentence = "torchrun is for run_pretrain.py; run_pretrain_xla.py starts its own processes"
+    assert f"error: {sentence}" in printed
+    assert "gpt2_xla/" not in printed  # no traceback through the program's files
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert run_here(monkeypatch, run_pretrain_xla.main, "--no-such-flag") == 2
+    (found,) = mistakes_in(capsys.readouterr().err)
+    assert found.startswith(sentence)
+
+
 def test_unknown_flags_and_presets_are_refused_with_the_nearest(mistakes_of):
     found = mistakes_of("--preset", "gpt2-x", "--leraning-rate", "1e-3", "--device", "gpu")
     assert len(found) == 4  # and --train-dir is missing
