@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from gpt2_xla import checkpoint, cli, pretrained
-from gpt2_xla.config import DataConfig, PretrainConfig, RunConfig, TorchConfig
+from gpt2_xla.config import DataConfig, PretrainConfig, RunConfig, TorchConfig, TorchPretrainConfig, XlaPretrainConfig
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.manifest import Manifest
 from gpt2_xla.data.train_dirs import parse_train_dirs
@@ -20,6 +20,7 @@ from gpt2_xla.remote_store import address_mistakes, redacted
 from gpt2_xla.validation import config_mistakes
 
 Config = TypeVar("Config", bound=PretrainConfig)
+ENTRY_POINTS = {"run_pretrain.py": TorchPretrainConfig, "run_pretrain_xla.py": XlaPretrainConfig}
 ASKED_ANEW = {"profile_steps": None, "resume": "auto"}  # saved options that a resume does not take over
 
 
@@ -42,7 +43,7 @@ def pretrain_start(
     Raises `UserError` with all mistakes of flags, recipe, saved configuration, data and machine together.
     """
     mistakes: list[str] = []
-    parsed = cli.parse(config_type, argv, description, mistakes=mistakes)
+    parsed = cli.parse(config_type, argv, description, mistakes=mistakes, others=ENTRY_POINTS)
     try:
         source = _checkpoint_to_continue(parsed)
     except UserError as error:  # the data depends on the checkpoint; the options speak for themselves

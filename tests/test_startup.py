@@ -264,6 +264,22 @@ def test_unknown_flags_and_presets_are_refused_with_the_nearest(mistakes_of):
     assert "--device gpu is not one of auto, cpu, cuda" in found[2]
 
 
+def test_a_flag_of_the_other_program_is_said_to_be_that_ones(mistakes_of, monkeypatch, capsys, tmp_path):
+    recipe = tmp_path / "own.flags"
+    recipe.write_text("--scan-layers")
+    found = mistakes_of("--attention", "flash", "--recipe", recipe)
+    assert found[:2] == [
+        "unknown flag --attention, which belongs to run_pretrain_xla.py",
+        f"in recipe {recipe}: unknown flag --scan-layers, which belongs to run_pretrain_xla.py",
+    ]
+    assert run_here(monkeypatch, run_pretrain_xla.main, "--no-compile", "--find-batch", "--compil-cache", "x") == 2
+    assert mistakes_in(capsys.readouterr().err)[:3] == [
+        "unknown flag --no-compile, which belongs to run_pretrain.py",
+        "unknown flag --find-batch, which belongs to run_pretrain.py",
+        "unknown flag --compil-cache, did you mean --compile-cache?",
+    ]
+
+
 @CPU_ONLY
 def test_what_the_device_cannot_do_is_refused(mistakes_of, text_data, tmp_path):
     flags = (*FOUR_STEPS, *data_flags(text_data), "--checkpoints-dir", tmp_path / "run")
