@@ -6,7 +6,7 @@ one to the right, T targets. Samples are numbered 0, 1, 2, ... over the whole ru
 reads a sample when.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -96,13 +96,13 @@ def windows_per_epoch(tokens: int, seq_length: int) -> int:
 
 
 def train_data_mistakes(
-    folder: Path, manifest: Manifest, *, seq_length: int, batch_size: int, vocab_size: int, taken: int | None = None
+    folder: Path, manifest: Manifest, *, seq_length: int, batch_size: int, taken: int | None = None
 ) -> list[str]:
-    """What is wrong with training on a folder, as sentences: too few tokens, too large a vocabulary.
+    """Whether a folder has too few tokens to train on, as sentences.
 
     `taken` is the number of sequences that a batch takes from this folder; default: all of them.
     """
-    mistakes = valid_data_mistakes(folder, manifest, vocab_size=vocab_size, flag="--train-dir")
+    mistakes = []
     windows = windows_per_epoch(manifest.tokens, seq_length)
     taken = batch_size if taken is None else taken
     if manifest.tokens <= seq_length:
@@ -119,17 +119,23 @@ def train_data_mistakes(
     return mistakes
 
 
-def valid_data_mistakes(folder: Path, manifest: Manifest, *, vocab_size: int, flag: str = "--valid-dir") -> list[str]:
-    """What is wrong with evaluating on a folder, as sentences. Any two tokens can be evaluated."""
-    mistakes = []
-    if manifest.vocab_size is not None and manifest.vocab_size > vocab_size:
-        mistakes.append(
-            f"--vocab-size {vocab_size} is smaller than the {manifest.vocab_size} ids of the tokenizer {manifest.tokenizer} "
-            f"that prepared {flag} {folder}; use --vocab-size {manifest.vocab_size} or more"
-        )
-    if manifest.tokens < 2:
-        mistakes.append(f"{flag} {folder} holds {manifest.tokens} tokens; prepare more text")
-    return mistakes
+def valid_data_mistakes(folder: Path, manifest: Manifest, flag: str = "--valid-dir") -> list[str]:
+    """Whether a folder has too few tokens to evaluate, as sentences. Any two can be evaluated."""
+    if manifest.tokens >= 2:
+        return []
+    return [f"{flag} {folder} holds {manifest.tokens} tokens; prepare more text"]
+
+
+def vocabulary_mistakes(found: Sequence[tuple[str, Manifest]], vocab_size: int) -> list[str]:
+    """One sentence if a model of `vocab_size` ids is too small for tokenizers of the data; `found` names each manifest."""
+    larger = [(size, m.tokenizer, where) for where, m in found if (size := m.vocab_size or 0) > vocab_size]
+    if not larger:
+        return []
+    size, tokenizer, _ = max(larger, key=lambda one: one[0])
+    return [
+        f"--vocab-size {vocab_size} is smaller than the {size} ids of the tokenizer {tokenizer} that prepared "
+        f"{' and '.join(where for _, _, where in larger)}; use --vocab-size {size} or more"
+    ]
 
 
 class Samples(Protocol):
