@@ -12,7 +12,8 @@ import torch
 from gpt2_xla import checkpoint, pretrained
 from gpt2_xla.config import ModelConfig, TorchConfig
 from gpt2_xla.data import manifest as manifests
-from gpt2_xla.data.loader import TokenWindows, evaluation_batches, predicted_tokens, valid_data_mistakes
+from gpt2_xla.data.data_mistakes import valid_data_mistakes
+from gpt2_xla.data.loader import TokenWindows, evaluation_batches, predicted_tokens
 from gpt2_xla.data.manifest import Manifest
 from gpt2_xla.errors import UserError, attempt
 from gpt2_xla.evaluate import bits_per_byte, evaluate

@@ -26,7 +26,7 @@ from gpt2_xla.runtime.compile_watch import CompileWatch
 from gpt2_xla.saving import Saver, changed_order, restore
 from gpt2_xla.schedule import learning_rate
 from gpt2_xla.step_guard import StepGuard
-from gpt2_xla.summary import epochs_text, summary
+from gpt2_xla.summary import epochs_note, epochs_text, summary
 from gpt2_xla.training_log import TrainingLog
 from gpt2_xla.training_samples import SamplePrompt, open_samples, sample_prompt
 from gpt2_xla.watchdog import Phases, Unwatched, open_watchdog
@@ -121,6 +121,8 @@ def start_run(
                 f"note: {difference}; from step {run.step} on the run sees other batches than it would have", flush=True
             )
         print(summary(config, data, parameter_count(model), runtime.describe(), run.step, source), flush=True)
+        if note := epochs_note(config, data):
+            print(note, flush=True)
     return run, wandb_id
 
 

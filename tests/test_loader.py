@@ -12,15 +12,13 @@ from hypothesis import strategies as st
 from gpt2_xla.bench_config import BenchLoaderConfig
 from gpt2_xla.data import loader, loader_benchmark, shards
 from gpt2_xla.data import manifest as manifests
+from gpt2_xla.data.data_mistakes import train_data_mistakes, valid_data_mistakes, vocabulary_mistakes
 from gpt2_xla.data.loader import (
     TokenWindows,
     evaluation_batches,
     evaluation_steps,
     predicted_tokens,
-    train_data_mistakes,
     training_batches,
-    valid_data_mistakes,
-    vocabulary_mistakes,
 )
 from gpt2_xla.data.loader_benchmark import write_sparse_folder
 from gpt2_xla.data.permutation import permute

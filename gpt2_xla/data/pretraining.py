@@ -8,13 +8,12 @@ from torch import Tensor
 
 from gpt2_xla.config import PretrainConfig
 from gpt2_xla.data import manifest as manifests
+from gpt2_xla.data.data_mistakes import valid_data_mistakes, vocabulary_mistakes
 from gpt2_xla.data.loader import (
     TokenWindows,
     evaluation_batches,
     predicted_tokens,
     training_batches,
-    valid_data_mistakes,
-    vocabulary_mistakes,
 )
 from gpt2_xla.data.manifest import Manifest
 from gpt2_xla.data.train_dirs import parse_train_dirs

@@ -8,7 +8,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from gpt2_xla.data.loader import TokenWindows, train_data_mistakes
+from gpt2_xla.data.data_mistakes import train_data_mistakes
+from gpt2_xla.data.loader import TokenWindows
 from gpt2_xla.data.manifest import Manifest
 from gpt2_xla.data.mixture import Mixture
 
