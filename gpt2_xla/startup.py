@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -17,6 +17,7 @@ from gpt2_xla.errors import UserError
 from gpt2_xla.profiling import profile_mistakes
 from gpt2_xla.remote_checkpoints import newest_checkpoint, remote_mistakes
 from gpt2_xla.remote_store import address_mistakes, redacted
+from gpt2_xla.run_folder import await_others, contents
 from gpt2_xla.validation import config_mistakes
 
 Config = TypeVar("Config", bound=PretrainConfig)
@@ -29,6 +30,7 @@ class Start(Generic[Config]):
 
     config: Config
     source: Path | None  # the checkpoint to continue, or the weights to begin with; None for a run from scratch
+    seen: Mapping[str, int]  # what the run folder held when the source was chosen; see `run_folder.contents`
 
 
 def pretrain_start(
@@ -44,7 +46,7 @@ def pretrain_start(
     mistakes: list[str] = []
     parsed = cli.parse(config_type, argv, description, mistakes=mistakes)
     try:
-        source = _checkpoint_to_continue(parsed)
+        source, seen = _begin(parsed, wait=not mistakes)
     except UserError as error:  # the data depends on the checkpoint; the options speak for themselves
         own = config_mistakes(parsed.config, parsed.explicit)
         raise UserError(list(dict.fromkeys([*mistakes, *error.mistakes, *own]))) from error
@@ -75,7 +77,7 @@ def pretrain_start(
         raise UserError(list(dict.fromkeys(mistakes)))
     if source is not None and weights is None and not config.run.do_test:
         _say(f"resuming after step {state.step} of {config.run.train_steps} from {source}")
-    return Start(config, source)
+    return Start(config, source, seen)
 
 
 def _with_model_of(
@@ -113,6 +115,33 @@ def _tokenizer_mistakes(config: PretrainConfig, weights: Path, found: list[tuple
         return pretrained.tokenizer_mistakes(weights, known, found, name)
     except UserError as error:  # the checkpoint's own tokenizer can't be read
         return [mistake.replace("--tokenizer", "--from-checkpoint", 1) for mistake in error.mistakes]
+
+
+def _begin(parsed: cli.Parsed[Config], wait: bool) -> tuple[Path | None, dict[str, int]]:
+    """The checkpoint, or weights, to begin with, and what the run folder held when it was chosen.
+
+    It is chosen when no other run holds the folder. A run that takes it later on, before this one does, alters what is there.
+    """
+    run, folder = parsed.config.run, _run_folder(parsed)
+    if wait and not run.do_test:
+        await_others(folder, _say)
+    seen = contents(folder)
+    source = _checkpoint_to_continue(parsed)
+    if run.remote_dir is not None and source is not None and source.parent == folder:  # it may have been downloaded now
+        seen |= {name: number for name, number in contents(folder).items() if name == source.name}
+    return source, seen
+
+
+def _run_folder(parsed: cli.Parsed[Config]) -> Path:
+    """Where the run will write: what the command says, else beside the checkpoint that it gives."""
+    run = parsed.config.run
+    own = Path(run.checkpoints_dir)
+    if run.from_checkpoint is None or "checkpoints_dir" in parsed.explicit:
+        return own
+    given = Path(run.from_checkpoint)
+    if not checkpoint.is_ours(given):
+        return own
+    return given if checkpoint.checkpoints(given) else given.parent
 
 
 def _checkpoint_to_continue(parsed: cli.Parsed[Config]) -> Path | None:
