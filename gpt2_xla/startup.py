@@ -18,6 +18,7 @@ from gpt2_xla.profiling import profile_mistakes
 from gpt2_xla.remote_checkpoints import newest_checkpoint, remote_mistakes
 from gpt2_xla.remote_store import address_mistakes, redacted
 from gpt2_xla.run_folder import await_others, contents
+from gpt2_xla.saved_options import with_origin
 from gpt2_xla.validation import config_mistakes
 
 Config = TypeVar("Config", bound=PretrainConfig)
@@ -64,15 +65,17 @@ def pretrain_start(
         parsed = dataclasses.replace(parsed, config=_with_remote_dir(parsed, source))
         parsed = dataclasses.replace(parsed, config=_with_found_batch(parsed.config, saved, source))
         mistakes += [*_steps_mistakes(parsed.config, state.step), *profile_mistakes(parsed.config, state.step)]
-    mistakes += [*_folder_mistakes(parsed.config, source), *_remote_mistakes(parsed.config, source)]
+    occupied = _folder_mistakes(parsed.config, source)
+    mistakes += [*occupied, *_remote_mistakes(parsed.config, source)]
     config = parsed.config
     if config.run.do_test:  # the training data may be gone by then
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, train_dir=()))
-    found = _manifests(config, mistakes)
+    found = _manifests(config, mistakes, needed=not occupied)
     config = _with_vocabulary(config, found)
     if weights is not None:
         mistakes += _tokenizer_mistakes(config, weights, found)
-    mistakes += [*config_mistakes(config, parsed.explicit), *machine_mistakes(config)]
+    own = [*config_mistakes(config, parsed.explicit), *machine_mistakes(config)]
+    mistakes += own if source is None or weights is not None else with_origin(own, config, parsed.explicit, source)
     if mistakes:
         raise UserError(list(dict.fromkeys(mistakes)))
     if source is not None and weights is None and not config.run.do_test:
@@ -310,10 +313,13 @@ def _shown(value: object) -> str:
     return "the default" if value is None else str(value)
 
 
-def _manifests(config: PretrainConfig, mistakes: list[str]) -> list[tuple[str, Manifest]]:
-    """All manifests, each with the flag and folder that it belongs to; notes what is wrong with them."""
+def _manifests(config: PretrainConfig, mistakes: list[str], needed: bool) -> list[tuple[str, Manifest]]:
+    """All manifests, each with the flag and folder that it belongs to; notes what is wrong with them.
+
+    That none is given is no mistake of its own unless `needed`: the run that is in the folder already knows its data.
+    """
     found: list[tuple[str, Manifest]] = []
-    for flag, folder in _data_folders(config, mistakes):
+    for flag, folder in _data_folders(config, mistakes, needed):
         try:
             found.append((f"{flag} {folder}", manifests.read(folder)))
         except UserError as error:
@@ -337,7 +343,7 @@ def _with_vocabulary(config: Config, found: list[tuple[str, Manifest]]) -> Confi
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=max(sizes, default=None)))
 
 
-def _data_folders(config: PretrainConfig, mistakes: list[str]) -> list[tuple[str, Path]]:
+def _data_folders(config: PretrainConfig, mistakes: list[str], needed: bool) -> list[tuple[str, Path]]:
     """The folders that the options name, each with its flag; notes what is wrong with the options."""
     folders: list[tuple[str, Path]] = []
     try:
@@ -346,11 +352,9 @@ def _data_folders(config: PretrainConfig, mistakes: list[str]) -> list[tuple[str
         mistakes += error.mistakes
     if config.data.valid_dir is not None:
         folders.append(("--valid-dir", Path(config.data.valid_dir)))
-    needed, given = (
+    flag, given = (
         ("--valid-dir", config.data.valid_dir) if config.run.do_test else ("--train-dir", config.data.train_dir)
     )
-    if not given:
-        mistakes.append(
-            f"{needed} is missing: a folder of token shards, for example from python scripts/prepare_text.py"
-        )
+    if needed and not given:
+        mistakes.append(f"{flag} is missing: a folder of token shards, for example from python scripts/prepare_text.py")
     return folders
