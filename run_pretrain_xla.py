@@ -22,7 +22,7 @@ def main() -> None:
 
         watch_maintenance(stop)
         start = pretrain_start(XlaPretrainConfig, sys.argv[1:], __doc__, machine_mistakes)
-        launch(start.config, functools.partial(pretrain, source=start.source), stop=stop)
+        launch(start.config, functools.partial(pretrain, source=start.source, seen=start.seen), stop=stop)
 
 
 if __name__ == "__main__":

@@ -314,6 +314,10 @@ def test_with_never_a_run_does_not_write_into_another_ones_folder(mistakes_of, o
     assert (
         f"--checkpoints-dir {own_run} already holds step-00000004 of another run; leave --resume never out" in found[0]
     )
+    (found,) = mistakes_of(
+        "--checkpoints-dir", own_run, "--resume", "never"
+    )  # no word of the data, which the run knows
+    assert "already holds step-00000004" in found
     assert sorted(own_run.rglob("*")) == before
 
 
@@ -353,7 +357,9 @@ def test_resume_passes_over_a_corrupt_checkpoint_and_says_so(pretrain, own_run):
     flip_byte(own_run / "step-00000004" / "model.safetensors")
     status, printed = pretrain("--checkpoints-dir", own_run)
     assert status == 0
-    assert re.search(r"step-00000004 is damaged: .*model\.safetensors was altered", printed)
+    assert re.search(
+        r"^warning: checkpoint \S+step-00000004 is damaged: .*model\.safetensors was altered", printed, re.MULTILINE
+    )
     assert f"falling back to checkpoint {own_run / 'step-00000002'}" in printed
     assert "continuing at 2" in printed
     assert checkpoint.problems(own_run / "step-00000004") == []  # trained again, and replaced
@@ -370,6 +376,7 @@ def test_resume_without_a_good_checkpoint_is_refused(mistakes_of, own_run, text_
     assert found.startswith(
         f"--checkpoints-dir {own_run} holds checkpoints, step-00000004 the newest, but all are damaged"
     )
+    assert mistakes_of("--checkpoints-dir", own_run) == [found]
     (found,) = mistakes_of("--from-checkpoint", own_run / "step-00000004")
     assert found.startswith(f"--from-checkpoint {own_run / 'step-00000004'} is a damaged checkpoint")
     (found,) = mistakes_of("--from-checkpoint", tmp_path / "absent")
@@ -526,6 +533,12 @@ def test_resume_and_from_checkpoint_exclude_each_other(mistakes_of, own_run):
 def test_fewer_train_steps_than_the_checkpoint_has_done(mistakes_of, own_run):
     (found,) = mistakes_of("--checkpoints-dir", own_run, "--train-steps", 2)
     assert "--train-steps 2 is below the 4 steps that the checkpoint has done" in found
+
+
+def test_a_mistake_with_a_saved_option_says_where_it_was_saved(mistakes_of, own_run):
+    (found,) = mistakes_of("--checkpoints-dir", own_run, "--train-steps", 6, "--min-lr", 9)
+    assert "--learning-rate 0.001" in found
+    assert found.endswith(f"(--learning-rate 0.001: saved in {own_run / 'step-00000004'})")
 
 
 def test_do_test_needs_no_training_data(pretrain, own_run, text_data):
