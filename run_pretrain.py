@@ -45,7 +45,7 @@ def main() -> None:
             config = start.config
             if config.runtime.find_batch and not config.run.do_test:
                 config = find_batch(config, runtime, stop)
-            pretrain(config, runtime, start.source)
+            pretrain(config, runtime, start.source, start.seen)
         finally:
             runtime.close()
 

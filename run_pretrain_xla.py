@@ -11,7 +11,9 @@ from gpt2_xla.errors import run_main
 
 def main() -> None:
     from gpt2_xla.runtime.stop_signals import StopSignals
+    from gpt2_xla.runtime.xla_installation import refuse_torchrun
 
+    refuse_torchrun()
     with StopSignals() as stop:  # before the slow imports: a signal that comes during them is heard too
         from gpt2_xla.runtime.maintenance import watch_maintenance
         from gpt2_xla.runtime.xla_launch import launch, machine_mistakes
@@ -20,7 +22,7 @@ def main() -> None:
 
         watch_maintenance(stop)
         start = pretrain_start(XlaPretrainConfig, sys.argv[1:], __doc__, machine_mistakes)
-        launch(start.config, functools.partial(pretrain, source=start.source), stop=stop)
+        launch(start.config, functools.partial(pretrain, source=start.source, seen=start.seen), stop=stop)
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ def newest_good(run_dir: Path, say: Callable[[str], None], for_resume: bool = Tr
             if passed_over:
                 say(f"falling back to checkpoint {folder}")
             return folder
-        say(f"checkpoint {folder} is damaged: {'; '.join(why)}")
+        say(f"warning: checkpoint {folder} is damaged: {'; '.join(why)}")
         passed_over = True
     return None
 
@@ -190,7 +190,7 @@ def newest_good(run_dir: Path, say: Callable[[str], None], for_resume: bool = Tr
 def resolve(path: str, say: Callable[[str], None] | None = None, for_resume: bool = False) -> Path:
     """The folder of weights that a user means: a checkpoint, a run's newest good one, a Hugging Face model's.
 
-    Tells `say` (default: a warning on standard error) of damaged ones passed over. Raises UserError that starts with the
+    Tells `say` (default: standard error) of damaged ones passed over. Raises UserError that starts with the
     path, so that a caller can put its flag before it.
     """
     folder = Path(path)
@@ -204,15 +204,15 @@ def resolve(path: str, say: Callable[[str], None] | None = None, for_resume: boo
         return folder
     if (folder / CONFIG).is_file() and all(file.is_file() for file in weight_files(folder)) and not for_resume:
         return folder
-    good = newest_good(folder, say or _warn, for_resume)
+    good = newest_good(folder, say or _tell, for_resume)
     if good is None:
         state = "all are damaged" if checkpoints(folder) else f"there is neither a step-… folder nor {MODEL} in it"
         raise UserError(f"{path} holds no usable checkpoint: {state}")
     return good
 
 
-def _warn(sentence: str) -> None:
-    print(f"warning: {sentence}", file=sys.stderr)
+def _tell(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
 
 
 def is_ours(folder: Path) -> bool:

@@ -6,6 +6,7 @@ import difflib
 import shlex
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -138,19 +139,22 @@ def parse(
     prog: str | None = None,
     base: Config | None = None,
     mistakes: list[str] | None = None,
+    others: Mapping[str, type] = types.MappingProxyType({}),
 ) -> Parsed[Config]:
     """Parse `argv` into a configuration; collect every mistake before raising one `UserError`.
 
     Precedence, weakest first: the dataclass defaults (or `base`, a saved configuration), the recipe, the command
     line; in each of the two, --preset is weaker than the flags beside it. With a list for `mistakes` they are added to it
-    instead, and what could be parsed is returned.
+    instead, and what could be parsed is returned. An unknown flag that one of `others` has, commands by name with their
+    configurations, is said to be that one's.
     """
     found: list[str] = []
     parser = parser_for(config_type, description, prog)
-    raw = vars(_parse_tokens(parser, argv, found))
+    owners = {flag.name: name for name, other in others.items() for flag in flags_of(other)}
+    raw = vars(_parse_tokens(parser, argv, found, owners))
     values: dict[str, Any] = {}
     if "recipe" in raw:
-        values |= _recipe_values(config_type, parser, raw.pop("recipe"), found)
+        values |= _recipe_values(config_type, parser, raw.pop("recipe"), found, owners)
     values |= _values(config_type, raw, found)
     if mistakes is not None:
         mistakes += found
@@ -160,7 +164,11 @@ def parse(
 
 
 def _recipe_values(
-    config_type: type, parser: argparse.ArgumentParser, name: str | None, mistakes: list[str]
+    config_type: type,
+    parser: argparse.ArgumentParser,
+    name: str | None,
+    mistakes: list[str],
+    owners: Mapping[str, str],
 ) -> dict[str, Any]:
     """The fields that a recipe sets."""
     if name is None:
@@ -168,7 +176,7 @@ def _recipe_values(
         return {}
     own: list[str] = []
     try:
-        values = _values(config_type, vars(_parse_tokens(parser, read_recipe(name), own)), own)
+        values = _values(config_type, vars(_parse_tokens(parser, read_recipe(name), own, owners)), own)
     except UserError as error:  # the file itself
         mistakes += error.mistakes
         return {}
@@ -312,8 +320,13 @@ class _Mistake(Exception):
     """What argparse would have printed before exiting."""
 
 
-def _parse_tokens(parser: argparse.ArgumentParser, tokens: list[str], mistakes: list[str]) -> argparse.Namespace:
-    """Parse into raw strings; add unknown flags, with the nearest known one, and what argparse refuses to the mistakes."""
+def _parse_tokens(
+    parser: argparse.ArgumentParser, tokens: list[str], mistakes: list[str], owners: Mapping[str, str]
+) -> argparse.Namespace:
+    """Parse into raw strings; add unknown flags, with the nearest known one, and what argparse refuses to the mistakes.
+
+    `owners` names the other command that has a flag.
+    """
     known = {option for action in parser._actions for option in action.option_strings}
 
     def fail(message: str) -> typing.NoReturn:
@@ -325,20 +338,24 @@ def _parse_tokens(parser: argparse.ArgumentParser, tokens: list[str], mistakes: 
     except _Mistake as mistake:
         namespace, rest = argparse.Namespace(), []
         mistakes.append(str(mistake).removeprefix("argument "))
-        mistakes += _unknown([t for t in tokens if t.startswith("--") and t.split("=")[0] not in known], known)
+        mistakes += _unknown([t for t in tokens if t.startswith("--") and t.split("=")[0] not in known], known, owners)
     else:
-        mistakes += _unknown(rest, known)
+        mistakes += _unknown(rest, known, owners)
     return namespace
 
 
-def _unknown(rest: list[str], known: set[str]) -> list[str]:
+def _unknown(rest: list[str], known: set[str], owners: Mapping[str, str]) -> list[str]:
     """A sentence for each token that no flag took; the value after an unknown flag goes with it."""
     mistakes = []
     after_flag = False
     for token in rest:
         if token.startswith("-") and not token.lstrip("-")[:1].isdigit():
             name = token.split("=")[0]
-            mistakes.append(f"unknown flag {name}{did_you_mean(name, known) or '; --help lists them'}")
+            if owner := owners.get(name) or owners.get(name.replace("--no-", "--", 1)):
+                hint = f", which belongs to {owner}"
+            else:
+                hint = did_you_mean(name, known) or "; --help lists them"
+            mistakes.append(f"unknown flag {name}{hint}")
             after_flag = "=" not in token
         elif not after_flag:
             mistakes.append(f"unexpected argument {token!r}; every option is a --flag")

@@ -12,7 +12,8 @@ import torch
 from gpt2_xla import checkpoint, pretrained
 from gpt2_xla.config import ModelConfig, TorchConfig
 from gpt2_xla.data import manifest as manifests
-from gpt2_xla.data.loader import TokenWindows, evaluation_batches, predicted_tokens, valid_data_mistakes
+from gpt2_xla.data.data_mistakes import valid_data_mistakes
+from gpt2_xla.data.loader import TokenWindows, evaluation_batches, predicted_tokens
 from gpt2_xla.data.manifest import Manifest
 from gpt2_xla.errors import UserError, attempt
 from gpt2_xla.evaluate import bits_per_byte, evaluate
@@ -141,10 +142,9 @@ def _candidate(name: str, config: EvaluateConfig, data: tuple[Path, Manifest] | 
         )
     if data is not None:
         where, label = f"--data {data[0]}", f"--model {name}"
-        mistakes += pretrained.tokenizer_mistakes(folder, model.tokens_known, [(where, data[1])], label)
-        mistakes += _trained_on_other_tokens(folder, data[1], where, label)
-        if data[1].tokens < 2:
-            mistakes += valid_data_mistakes(data[0], data[1], vocab_size=2**62, flag="--data")
+        other = pretrained.tokenizer_mistakes(folder, model.tokens_known, [(where, data[1])], label)
+        mistakes += other or _trained_on_other_tokens(folder, data[1], where, label)
+        mistakes += valid_data_mistakes(data[0], data[1], flag="--data")
     tokenizer = None
     if config.task is not None:
         tokenizer = attempt(

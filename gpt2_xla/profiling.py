@@ -34,6 +34,10 @@ def profile_mistakes(config: PretrainConfig, done: int = 0) -> list[str]:
     first, last = steps
     if first > last:
         return [f"--profile-steps {text} ends before it begins; did you mean {last}:{first}?"]
+    if done >= last_step:
+        return [
+            f"--profile-steps {text} records steps that are trained, but all {done} steps of this run are done; leave it out"
+        ]
     if first <= done or last > last_step:
         return [f"--profile-steps {text} is not within the steps that this run trains, {done + 1} to {last_step}"]
     return []

@@ -234,7 +234,7 @@ def _first_good(remote: RemoteRun, entries: list[Published], folder: Path, say: 
             try:
                 return remote.fetch(entry, folder)
             except Damaged as error:
-                say(f"checkpoint {remote.store.url}/{entry.name} is damaged: {'; '.join(error.mistakes)}")
+                say(f"warning: checkpoint {remote.store.url}/{entry.name} is damaged: {'; '.join(error.mistakes)}")
     return None
 
 

@@ -3,13 +3,13 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from gpt2_xla import checkpoint, cli, pretrained
-from gpt2_xla.config import DataConfig, PretrainConfig, RunConfig, TorchConfig
+from gpt2_xla.config import DataConfig, PretrainConfig, RunConfig, TorchConfig, TorchPretrainConfig, XlaPretrainConfig
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.manifest import Manifest
 from gpt2_xla.data.train_dirs import parse_train_dirs
@@ -17,9 +17,12 @@ from gpt2_xla.errors import UserError
 from gpt2_xla.profiling import profile_mistakes
 from gpt2_xla.remote_checkpoints import newest_checkpoint, remote_mistakes
 from gpt2_xla.remote_store import address_mistakes, redacted
+from gpt2_xla.run_folder import await_others, contents
+from gpt2_xla.saved_options import with_origin
 from gpt2_xla.validation import config_mistakes
 
 Config = TypeVar("Config", bound=PretrainConfig)
+ENTRY_POINTS = {"run_pretrain.py": TorchPretrainConfig, "run_pretrain_xla.py": XlaPretrainConfig}
 ASKED_ANEW = {"profile_steps": None, "resume": "auto"}  # saved options that a resume does not take over
 
 
@@ -29,6 +32,7 @@ class Start(Generic[Config]):
 
     config: Config
     source: Path | None  # the checkpoint to continue, or the weights to begin with; None for a run from scratch
+    seen: Mapping[str, int]  # what the run folder held when the source was chosen; see `run_folder.contents`
 
 
 def pretrain_start(
@@ -42,9 +46,9 @@ def pretrain_start(
     Raises `UserError` with all mistakes of flags, recipe, saved configuration, data and machine together.
     """
     mistakes: list[str] = []
-    parsed = cli.parse(config_type, argv, description, mistakes=mistakes)
+    parsed = cli.parse(config_type, argv, description, mistakes=mistakes, others=ENTRY_POINTS)
     try:
-        source = _checkpoint_to_continue(parsed)
+        source, seen = _begin(parsed, wait=not mistakes)
     except UserError as error:  # the data depends on the checkpoint; the options speak for themselves
         own = config_mistakes(parsed.config, parsed.explicit)
         raise UserError(list(dict.fromkeys([*mistakes, *error.mistakes, *own]))) from error
@@ -62,20 +66,22 @@ def pretrain_start(
         parsed = dataclasses.replace(parsed, config=_with_remote_dir(parsed, source))
         parsed = dataclasses.replace(parsed, config=_with_found_batch(parsed.config, saved, source))
         mistakes += [*_steps_mistakes(parsed.config, state.step), *profile_mistakes(parsed.config, state.step)]
-    mistakes += [*_folder_mistakes(parsed.config, source), *_remote_mistakes(parsed.config, source)]
+    occupied = _folder_mistakes(parsed.config, source)
+    mistakes += [*occupied, *_remote_mistakes(parsed.config, source)]
     config = parsed.config
     if config.run.do_test:  # the training data may be gone by then
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, train_dir=()))
-    found = _manifests(config, mistakes)
+    found = _manifests(config, mistakes, needed=not occupied)
     config = _with_vocabulary(config, found)
     if weights is not None:
         mistakes += _tokenizer_mistakes(config, weights, found)
-    mistakes += [*config_mistakes(config, parsed.explicit), *machine_mistakes(config)]
+    own = [*config_mistakes(config, parsed.explicit), *machine_mistakes(config)]
+    mistakes += own if source is None or weights is not None else with_origin(own, config, parsed.explicit, source)
     if mistakes:
         raise UserError(list(dict.fromkeys(mistakes)))
     if source is not None and weights is None and not config.run.do_test:
         _say(f"resuming after step {state.step} of {config.run.train_steps} from {source}")
-    return Start(config, source)
+    return Start(config, source, seen)
 
 
 def _with_model_of(
@@ -113,6 +119,33 @@ def _tokenizer_mistakes(config: PretrainConfig, weights: Path, found: list[tuple
         return pretrained.tokenizer_mistakes(weights, known, found, name)
     except UserError as error:  # the checkpoint's own tokenizer can't be read
         return [mistake.replace("--tokenizer", "--from-checkpoint", 1) for mistake in error.mistakes]
+
+
+def _begin(parsed: cli.Parsed[Config], wait: bool) -> tuple[Path | None, dict[str, int]]:
+    """The checkpoint, or weights, to begin with, and what the run folder held when it was chosen.
+
+    It is chosen when no other run holds the folder. A run that takes it later on, before this one does, alters what is there.
+    """
+    run, folder = parsed.config.run, _run_folder(parsed)
+    if wait and not run.do_test:
+        await_others(folder, _say)
+    seen = contents(folder)
+    source = _checkpoint_to_continue(parsed)
+    if run.remote_dir is not None and source is not None and source.parent == folder:  # it may have been downloaded now
+        seen |= {name: number for name, number in contents(folder).items() if name == source.name}
+    return source, seen
+
+
+def _run_folder(parsed: cli.Parsed[Config]) -> Path:
+    """Where the run will write: what the command says, else beside the checkpoint that it gives."""
+    run = parsed.config.run
+    own = Path(run.checkpoints_dir)
+    if run.from_checkpoint is None or "checkpoints_dir" in parsed.explicit:
+        return own
+    given = Path(run.from_checkpoint)
+    if not checkpoint.is_ours(given):
+        return own
+    return given if checkpoint.checkpoints(given) else given.parent
 
 
 def _checkpoint_to_continue(parsed: cli.Parsed[Config]) -> Path | None:
@@ -281,10 +314,13 @@ def _shown(value: object) -> str:
     return "the default" if value is None else str(value)
 
 
-def _manifests(config: PretrainConfig, mistakes: list[str]) -> list[tuple[str, Manifest]]:
-    """All manifests, each with the flag and folder that it belongs to; notes what is wrong with them."""
+def _manifests(config: PretrainConfig, mistakes: list[str], needed: bool) -> list[tuple[str, Manifest]]:
+    """All manifests, each with the flag and folder that it belongs to; notes what is wrong with them.
+
+    That none is given is no mistake of its own unless `needed`: the run that is in the folder already knows its data.
+    """
     found: list[tuple[str, Manifest]] = []
-    for flag, folder in _data_folders(config, mistakes):
+    for flag, folder in _data_folders(config, mistakes, needed):
         try:
             found.append((f"{flag} {folder}", manifests.read(folder)))
         except UserError as error:
@@ -308,7 +344,7 @@ def _with_vocabulary(config: Config, found: list[tuple[str, Manifest]]) -> Confi
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=max(sizes, default=None)))
 
 
-def _data_folders(config: PretrainConfig, mistakes: list[str]) -> list[tuple[str, Path]]:
+def _data_folders(config: PretrainConfig, mistakes: list[str], needed: bool) -> list[tuple[str, Path]]:
     """The folders that the options name, each with its flag; notes what is wrong with the options."""
     folders: list[tuple[str, Path]] = []
     try:
@@ -317,11 +353,9 @@ def _data_folders(config: PretrainConfig, mistakes: list[str]) -> list[tuple[str
         mistakes += error.mistakes
     if config.data.valid_dir is not None:
         folders.append(("--valid-dir", Path(config.data.valid_dir)))
-    needed, given = (
+    flag, given = (
         ("--valid-dir", config.data.valid_dir) if config.run.do_test else ("--train-dir", config.data.train_dir)
     )
-    if not given:
-        mistakes.append(
-            f"{needed} is missing: a folder of token shards, for example from python scripts/prepare_text.py"
-        )
+    if needed and not given:
+        mistakes.append(f"{flag} is missing: a folder of token shards, for example from python scripts/prepare_text.py")
     return folders

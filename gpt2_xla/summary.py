@@ -9,6 +9,8 @@ from gpt2_xla.data.pretraining import PretrainingData
 from gpt2_xla.data.training_set import TrainingSet
 from gpt2_xla.model import flops_per_token
 
+MANY_EPOCHS = 100  # above the 82 of recipe shakespeare_gpu on tinyshakespeare, the most of all in configs/
+
 
 def summary(
     config: PretrainConfig, data: PretrainingData, parameters: int, machine: str, step: int, source: Path | None
@@ -48,6 +50,21 @@ def summary(
     if source is not None:
         rows.append(("checkpoint" if has_state(source) else "weights of", str(source)))
     return "\n".join(f"  {name:<11} {text}" for name, text in rows)
+
+
+def epochs_note(config: PretrainConfig, data: PretrainingData) -> str | None:
+    """A word of warning where the whole run reads some of the data more than MANY_EPOCHS times."""
+    if data.train is None or config.run.do_test:
+        return None
+    steps = config.run.train_steps
+    epochs = data.train.epochs(config.batch_sizes.before(steps))
+    name = max(epochs, key=epochs.__getitem__)
+    if epochs[name] <= MANY_EPOCHS:
+        return None
+    return (
+        f"note: {steps:,} steps read {name} {epochs[name]:,.0f} times, and a model learns that by heart; lower --train-steps "
+        f"(about {steps * MANY_EPOCHS / epochs[name]:,.0f} read it {MANY_EPOCHS} times) or the batch, or prepare more text"
+    )
 
 
 def _vocabulary(model: ModelConfig) -> str:

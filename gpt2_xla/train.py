@@ -1,7 +1,7 @@
 """The loop: one for every device. What is special about a device is behind `Runtime`."""
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from gpt2_xla.runtime.compile_watch import CompileWatch
 from gpt2_xla.saving import Saver, changed_order, restore
 from gpt2_xla.schedule import learning_rate
 from gpt2_xla.step_guard import StepGuard
-from gpt2_xla.summary import epochs_text, summary
+from gpt2_xla.summary import epochs_note, epochs_text, summary
 from gpt2_xla.training_log import TrainingLog
 from gpt2_xla.training_samples import SamplePrompt, open_samples, sample_prompt
 from gpt2_xla.watchdog import Phases, Unwatched, open_watchdog
@@ -59,15 +59,18 @@ class Run:
         self.saver = Saver(self.config, self.runtime.rank, self.runtime.writers)
 
 
-def pretrain(config: PretrainConfig, runtime: Runtime, source: Path | None = None) -> None:
+def pretrain(
+    config: PretrainConfig, runtime: Runtime, source: Path | None = None, seen: Mapping[str, int] | None = None
+) -> None:
     """Train as configured, from the start or from the checkpoint or weights `source`; or evaluate only (--do-test).
 
-    Raises `UserError` for data that does not fit the configuration.
+    `seen`: the checkpoints that the run folder held when `source` was chosen. Raises `UserError` for data that does not fit
+    the configuration, and for a folder that another run has written to since.
     """
     data = PretrainingData.open(config, runtime.rank, runtime.world_size)
     writes = runtime.rank == 0 and not config.run.do_test
     # Early: a folder that cannot be written shall not cost a compilation.
-    with own_run_folder(config, data) if writes else nullcontext():
+    with own_run_folder(config, data, seen) if writes else nullcontext():
         _run(config, runtime, data, source)
 
 
@@ -121,6 +124,8 @@ def start_run(
                 f"note: {difference}; from step {run.step} on the run sees other batches than it would have", flush=True
             )
         print(summary(config, data, parameter_count(model), runtime.describe(), run.step, source), flush=True)
+        if note := epochs_note(config, data):
+            print(note, flush=True)
     return run, wandb_id
 
 

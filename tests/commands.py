@@ -23,9 +23,9 @@ TRAIN = (*PYTHON, str(ROOT / "run_pretrain.py"))
 TRAIN_XLA = (*PYTHON, str(ROOT / "run_pretrain_xla.py"))
 
 
-def torchrun(processes: int) -> tuple[str, ...]:
-    """The command line of run_pretrain.py under torchrun."""
-    return (*PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", TRAIN[-1])
+def torchrun(processes: int, program: str = TRAIN[-1]) -> tuple[str, ...]:
+    """The command line of run_pretrain.py, or another program, under torchrun."""
+    return (*PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", program)
 
 
 def xla_replicas(replicas: int) -> tuple[str, ...]:

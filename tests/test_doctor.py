@@ -330,7 +330,7 @@ def test_data_that_is_not_there_or_has_changed_is_told(data, tmp_path):
     shard.write_bytes(content)
     train, valid = f"web={tmp_path / 'gone' / 'train'}:1", str(data / "valid")
     found = by_name(folder_findings(DoctorConfig((train,), valid, "auto", str(tmp_path))))
-    assert found["train data"].mend.endswith(f"prepare_text.py --output-dir {tmp_path / 'gone'}")
+    assert found["train data"].mend.endswith(f"prepare_text.py --source YOUR_TEXT --output-dir {tmp_path / 'gone'}")
     assert "sha256 differs" in found["valid data"].text
     assert by_name(folder_findings(DoctorConfig((), valid, "size", str(tmp_path))))["valid data"].state == "ok"
 

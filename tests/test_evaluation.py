@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import PYTHON, ROOT, finish, run, start
+from commands import PYTHON, ROOT, data_flags, finish, run, start
 from conftest import write_split
+from small_runs import FOUR_STEPS, run_here
 from test_pretrained import random_gpt2
 from transformers import GPT2LMHeadModel
 
+import run_pretrain
 from gpt2_xla import evaluation
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.manifest import Manifest
@@ -149,6 +151,20 @@ def test_all_mistakes_are_told_before_anything_is_measured(models, data, tmp_pat
     assert "which has 257 ids, but" in found
     (found,) = mistakes(model=(str(models[0]),), data=str(data), file="x.jsonl")
     assert found == "--file belongs to --task; add --task hellaswag, or leave it out"
+
+
+def test_data_of_another_tokenizer_is_one_mistake_about_a_run_of_ours(text_data, tmp_path, monkeypatch):
+    flags = (*FOUR_STEPS, *data_flags(text_data), "--checkpoints-dir", tmp_path / "run")
+    assert run_here(monkeypatch, run_pretrain.main, *flags) == 0
+    split = write_split(tmp_path / "data", "valid", np.arange(200))
+    manifest = manifests.read(split)
+    for size in (257, 50257):  # that is not told by the sizes, and that is
+        other = {"tokenizer": "gpt2", "tokenizer_hash": "0" * 64, "vocab_size": size}
+        manifests.write(split, Manifest(**{**vars(manifest), **other}))
+        with pytest.raises(UserError) as caught:
+            evaluation.run(EvaluateConfig(device="cpu", model=(str(tmp_path / "run"),), data=str(split)))
+        (found,) = caught.value.mistakes
+        assert "prepare it with the model's tokenizer" in found
 
 
 # Multiple choice

@@ -293,8 +293,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path, cap
     newest.mkdir()
     run(tmp_path, "x", max_new_tokens=3)
     error = capsys.readouterr().err
-    assert "step-00000020 is damaged" in error
-    assert "falling back to checkpoint" in error
+    assert f"warning: checkpoint {newest} is damaged" in error
+    assert "\nfalling back to checkpoint" in error
 
 
 @pytest.mark.parametrize(

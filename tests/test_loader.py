@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 from gpt2_xla.bench_config import BenchLoaderConfig
 from gpt2_xla.data import loader, loader_benchmark, shards
 from gpt2_xla.data import manifest as manifests
+from gpt2_xla.data.data_mistakes import train_data_mistakes, valid_data_mistakes, vocabulary_mistakes
 from gpt2_xla.data.loader import (
     TokenWindows,
     evaluation_batches,
     evaluation_steps,
     predicted_tokens,
-    train_data_mistakes,
     training_batches,
-    valid_data_mistakes,
 )
 from gpt2_xla.data.loader_benchmark import write_sparse_folder
 from gpt2_xla.data.permutation import permute
@@ -227,18 +226,20 @@ def test_mistakes_of_the_data_state_the_numbers(tmp_path: Path) -> None:
     manifest = manifests.read(tmp_path)
 
     def mistakes(**options) -> str:
-        return "\n".join(
-            train_data_mistakes(tmp_path, manifest, **{"seq_length": 8, "batch_size": 4, "vocab_size": 50, **options})
-        )
+        return "\n".join(train_data_mistakes(tmp_path, manifest, **{"seq_length": 8, "batch_size": 4, **options}))
 
     assert mistakes() == ""
     assert "holds 100 tokens, but --seq-length 100 needs at least 101" in mistakes(seq_length=100)
     assert mistakes(seq_length=99, batch_size=1) == ""
     assert "11 sequences of --seq-length 8, fewer than one batch of --train-batch-size 12" in mistakes(batch_size=12)
     assert mistakes(batch_size=11) == ""
-    assert valid_data_mistakes(tmp_path, manifest, vocab_size=50) == []
+    assert valid_data_mistakes(tmp_path, manifest) == []
     large = manifests.Manifest("valid", "uint16", 1, (), tokenizer="gpt2", vocab_size=50257)
-    assert len(valid_data_mistakes(tmp_path, large, vocab_size=50)) == 2
+    assert len(valid_data_mistakes(tmp_path, large)) == 1
+    assert vocabulary_mistakes([("--train-dir a", manifest)], 50) == []
+    assert vocabulary_mistakes([("--train-dir a", manifest), ("--valid-dir b", large)], 50257) == []
+    (found,) = vocabulary_mistakes([("--train-dir a", large), ("--valid-dir b", large)], 50)
+    assert "50257 ids of the tokenizer gpt2 that prepared --train-dir a and --valid-dir b; use" in found
 
 
 def test_shards_cut_short_are_found_when_opened(tmp_path: Path) -> None:

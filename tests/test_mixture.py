@@ -203,11 +203,11 @@ def test_the_fingerprint_is_of_all_sources_and_weights_in_order(tmp_path: Path) 
 
 def test_a_source_too_small_for_its_part_of_a_batch_is_named(tmp_path: Path) -> None:
     mixed = training_set(tmp_path, [1000, 40, 4], [Fraction(1), Fraction(1), Fraction(1)])
-    few, short = mixed.mistakes(30, 2**32)
+    few, short = mixed.mistakes(30)
     assert "b holds 40 tokens, that is 7 sequences of --seq-length 5, fewer than one batch" in few
     assert "takes of it (10)" in few
     assert "c holds 4 tokens, but --seq-length 5 needs at least 6" in short
-    assert mixed.mistakes(21, 2**32) == [short]
+    assert mixed.mistakes(21) == [short]
 
 
 # Whole runs

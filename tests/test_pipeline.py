@@ -283,9 +283,9 @@ def test_a_wrong_column_of_many_files_is_told_of_a_few(tmp_path: Path) -> None:
 def test_the_command_to_train_names_a_vocabulary_that_the_default_does_not_hold(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    shard = ShardEntry("train_00000.npy", 3, 1)
+    shard = ShardEntry("train_00000.npy", 3000, 1)
     for vocabulary, said in ((100_277, True), (50_257, False)):
         (tmp_path / "train").mkdir(exist_ok=True)
-        manifests.write(tmp_path / "train", Manifest("train", "uint32", 3, (shard,), vocab_size=vocabulary))
+        manifests.write(tmp_path / "train", Manifest("train", "uint32", 3000, (shard,), vocab_size=vocabulary))
         prepare_report.report(tmp_path)
         assert ("--vocab-size 100277" in capsys.readouterr().out) == said

@@ -104,6 +104,8 @@ def test_resume_does_not_profile_again_unless_asked_to(pretrain, text_data, tmp_
         2,
         "error: --profile-steps 4:5 is not within the steps that this run trains, 5 to 6\n",
     )
+    sentence = "--profile-steps 2:3 records steps that are trained, but all 4 steps of this run are done; leave it out"
+    assert pretrain("--checkpoints-dir", folder, "--profile-steps", "2:3") == (2, f"error: {sentence}\n")
     status, printed = pretrain(*resume)
     assert status == 0, printed
     assert "profile of" not in printed

@@ -124,9 +124,9 @@ def test_a_flipped_byte_is_found_where_contents_are_compared(pretrain, own_data,
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(mistakes_of, text_data, tmp_path):
     flags = ("--vocab-size", 200, *data_flags(text_data), "--checkpoints-dir", tmp_path / "run")
-    found = mistakes_of(*FOUR_STEPS, *flags)
-    assert len(found) == 2  # training and validation data
-    assert all("--vocab-size 200 is smaller than the 257 ids" in mistake for mistake in found)
+    (found,) = mistakes_of(*FOUR_STEPS, *flags)  # training and validation data in one sentence
+    assert "--vocab-size 200 is smaller than the 257 ids" in found
+    assert f"--train-dir {text_data / 'train'} and --valid-dir {text_data / 'valid'}" in found
 
 
 def test_a_token_beyond_the_vocabulary_is_found_though_no_manifest_tells(mistakes_of, tmp_path):
@@ -239,12 +239,45 @@ def test_torchrun_ends_with_the_sentence(text_data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_xla_program_refuses_torchrun_at_once(monkeypatch, capsys, text_data, tmp_path):
+    flags = [flag for flag in FOUR_STEPS if flag not in ("--device", "cpu")]
+    flags += [*data_flags(text_data), "--checkpoints-dir", str(tmp_path / "run")]
+    process = start(*torchrun(2, TRAIN_XLA[-1]), *flags)
+    printed = finish(process, 90)
+    assert process.returncode != 0
+    sentence = "torchrun is for run_pretrain.py; run_pretrain_xla.py starts its own processes"
+    assert f"error: {sentence}" in printed
+    assert "gpt2_xla/" not in printed  # no traceback through the program's files
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert run_here(monkeypatch, run_pretrain_xla.main, "--no-such-flag") == 2
+    (found,) = mistakes_in(capsys.readouterr().err)
+    assert found.startswith(sentence)
+
+
 def test_unknown_flags_and_presets_are_refused_with_the_nearest(mistakes_of):
     found = mistakes_of("--preset", "gpt2-x", "--leraning-rate", "1e-3", "--device", "gpu")
     assert len(found) == 4  # and --train-dir is missing
     assert "unknown flag --leraning-rate, did you mean --learning-rate?" in found[0]
     assert "--preset gpt2-x is unknown, did you mean gpt2-xl?" in found[1]
     assert "--device gpu is not one of auto, cpu, cuda" in found[2]
+
+
+def test_a_flag_of_the_other_program_is_said_to_be_that_ones(mistakes_of, monkeypatch, capsys, tmp_path):
+    recipe = tmp_path / "own.flags"
+    recipe.write_text("--scan-layers")
+    found = mistakes_of("--attention", "flash", "--recipe", recipe)
+    assert found[:2] == [
+        "unknown flag --attention, which belongs to run_pretrain_xla.py",
+        f"in recipe {recipe}: unknown flag --scan-layers, which belongs to run_pretrain_xla.py",
+    ]
+    assert run_here(monkeypatch, run_pretrain_xla.main, "--no-compile", "--find-batch", "--compil-cache", "x") == 2
+    assert mistakes_in(capsys.readouterr().err)[:3] == [
+        "unknown flag --no-compile, which belongs to run_pretrain.py",
+        "unknown flag --find-batch, which belongs to run_pretrain.py",
+        "unknown flag --compil-cache, did you mean --compile-cache?",
+    ]
 
 
 @CPU_ONLY
@@ -281,6 +314,10 @@ def test_with_never_a_run_does_not_write_into_another_ones_folder(mistakes_of, o
     assert (
         f"--checkpoints-dir {own_run} already holds step-00000004 of another run; leave --resume never out" in found[0]
     )
+    (found,) = mistakes_of(
+        "--checkpoints-dir", own_run, "--resume", "never"
+    )  # no word of the data, which the run knows
+    assert "already holds step-00000004" in found
     assert sorted(own_run.rglob("*")) == before
 
 
@@ -320,7 +357,9 @@ def test_resume_passes_over_a_corrupt_checkpoint_and_says_so(pretrain, own_run):
     flip_byte(own_run / "step-00000004" / "model.safetensors")
     status, printed = pretrain("--checkpoints-dir", own_run)
     assert status == 0
-    assert re.search(r"step-00000004 is damaged: .*model\.safetensors was altered", printed)
+    assert re.search(
+        r"^warning: checkpoint \S+step-00000004 is damaged: .*model\.safetensors was altered", printed, re.MULTILINE
+    )
     assert f"falling back to checkpoint {own_run / 'step-00000002'}" in printed
     assert "continuing at 2" in printed
     assert checkpoint.problems(own_run / "step-00000004") == []  # trained again, and replaced
@@ -337,6 +376,7 @@ def test_resume_without_a_good_checkpoint_is_refused(mistakes_of, own_run, text_
     assert found.startswith(
         f"--checkpoints-dir {own_run} holds checkpoints, step-00000004 the newest, but all are damaged"
     )
+    assert mistakes_of("--checkpoints-dir", own_run) == [found]
     (found,) = mistakes_of("--from-checkpoint", own_run / "step-00000004")
     assert found.startswith(f"--from-checkpoint {own_run / 'step-00000004'} is a damaged checkpoint")
     (found,) = mistakes_of("--from-checkpoint", tmp_path / "absent")
@@ -493,6 +533,12 @@ def test_resume_and_from_checkpoint_exclude_each_other(mistakes_of, own_run):
 def test_fewer_train_steps_than_the_checkpoint_has_done(mistakes_of, own_run):
     (found,) = mistakes_of("--checkpoints-dir", own_run, "--train-steps", 2)
     assert "--train-steps 2 is below the 4 steps that the checkpoint has done" in found
+
+
+def test_a_mistake_with_a_saved_option_says_where_it_was_saved(mistakes_of, own_run):
+    (found,) = mistakes_of("--checkpoints-dir", own_run, "--train-steps", 6, "--min-lr", 9)
+    assert "--learning-rate 0.001" in found
+    assert found.endswith(f"(--learning-rate 0.001: saved in {own_run / 'step-00000004'})")
 
 
 def test_do_test_needs_no_training_data(pretrain, own_run, text_data):

@@ -108,7 +108,7 @@ def main():
     os.environ.update(ENVIRONMENT, CPU_NUM_DEVICES=sys.argv[1])
     with StopSignals() as stop:
         start = pretrain_start(XlaPretrainConfig, sys.argv[2:], __doc__)
-        launch(start.config, functools.partial(pretrain, source=start.source), replica, stop)
+        launch(start.config, functools.partial(pretrain, source=start.source, seen=start.seen), replica, stop)
 
 
 if __name__ == "__main__":

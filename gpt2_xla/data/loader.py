@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from gpt2_xla.data.data_mistakes import windows_per_epoch
 from gpt2_xla.data.manifest import Manifest
 from gpt2_xla.data.permutation import permute
 from gpt2_xla.data.shards import TokenStream
@@ -88,48 +89,6 @@ class TokenWindows:
             f"data folder {self.folder}: token {index} of {shard.name} is {token}, but --vocab-size {vocab_size} allows only "
             f"0..{vocab_size - 1}; use --vocab-size {token + 1} or more, or prepare the data with another --tokenizer"
         )
-
-
-def windows_per_epoch(tokens: int, seq_length: int) -> int:
-    """W: full windows of T+1 tokens that fit at every offset in [0, T); 1 if only smaller offsets fit, 0 if none does."""
-    return max(1, tokens // seq_length - 1) if tokens > seq_length else 0
-
-
-def train_data_mistakes(
-    folder: Path, manifest: Manifest, *, seq_length: int, batch_size: int, vocab_size: int, taken: int | None = None
-) -> list[str]:
-    """What is wrong with training on a folder, as sentences: too few tokens, too large a vocabulary.
-
-    `taken` is the number of sequences that a batch takes from this folder; default: all of them.
-    """
-    mistakes = valid_data_mistakes(folder, manifest, vocab_size=vocab_size, flag="--train-dir")
-    windows = windows_per_epoch(manifest.tokens, seq_length)
-    taken = batch_size if taken is None else taken
-    if manifest.tokens <= seq_length:
-        mistakes.append(
-            f"--train-dir {folder} holds {manifest.tokens} tokens, but --seq-length {seq_length} needs at least "
-            f"{seq_length + 1}; lower --seq-length or prepare more text"
-        )
-    elif windows < taken:
-        share = "" if taken == batch_size else f" takes of it ({taken})"
-        mistakes.append(
-            f"--train-dir {folder} holds {manifest.tokens} tokens, that is {windows} sequences of --seq-length {seq_length}, "
-            f"fewer than one batch of --train-batch-size {batch_size}{share}; lower one of the two or prepare more text"
-        )
-    return mistakes
-
-
-def valid_data_mistakes(folder: Path, manifest: Manifest, *, vocab_size: int, flag: str = "--valid-dir") -> list[str]:
-    """What is wrong with evaluating on a folder, as sentences. Any two tokens can be evaluated."""
-    mistakes = []
-    if manifest.vocab_size is not None and manifest.vocab_size > vocab_size:
-        mistakes.append(
-            f"--vocab-size {vocab_size} is smaller than the {manifest.vocab_size} ids of the tokenizer {manifest.tokenizer} "
-            f"that prepared {flag} {folder}; use --vocab-size {manifest.vocab_size} or more"
-        )
-    if manifest.tokens < 2:
-        mistakes.append(f"{flag} {folder} holds {manifest.tokens} tokens; prepare more text")
-    return mistakes
 
 
 class Samples(Protocol):

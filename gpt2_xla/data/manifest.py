@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from gpt2_xla.data.prepare_hint import prepare_hint
 from gpt2_xla.data.shards import DTYPES, read_header
 from gpt2_xla.durable_files import atomic_write
 from gpt2_xla.errors import UserError
 
 FILE_NAME = "manifest.json"
-PREPARE_HINT = "prepare data with: python scripts/prepare_text.py --output-dir {}"
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def read(folder: Path) -> Manifest:
     """
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"data folder {folder} {what}; {PREPARE_HINT.format(folder.parent)}")
+        raise UserError(f"data folder {folder} {what}; {prepare_hint(folder)}")
     try:
         text = (folder / FILE_NAME).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -111,7 +111,7 @@ def _infer(folder: Path) -> Manifest:
     paths = sorted(path for path in folder.glob("*.npy") if not path.name.startswith("."))
     if not paths:
         inner = [name for name in ("train", "valid") if (folder / name / FILE_NAME).exists()]
-        hint = f"did you mean {folder / inner[0]}?" if inner else PREPARE_HINT.format(folder.parent)
+        hint = f"did you mean {folder / inner[0]}?" if inner else prepare_hint(folder)
         raise UserError(f"data folder {folder} holds neither {FILE_NAME} nor .npy shards; {hint}")
     headers = [read_header(path) for path in paths]
     dtypes = {header.dtype.name for header in headers}

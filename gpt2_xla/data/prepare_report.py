@@ -1,6 +1,5 @@
 """What a person sees of a preparation: the plan and its disk, one progress bar, the table at the end."""
 
-import shlex
 import shutil
 from pathlib import Path
 from types import TracebackType
@@ -8,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_xla.config import ModelConfig
 from gpt2_xla.data import manifest as manifests
+from gpt2_xla.data.manifest import Manifest
 from gpt2_xla.data.output import SPLITS
 from gpt2_xla.data.parts import DOCUMENT, UnitRecord
+from gpt2_xla.data.training_command import training_command
 from gpt2_xla.data.units import Plan
 from gpt2_xla.errors import UserError
 from gpt2_xla.tokenizer import ByteTokenizer, Tokenizer
@@ -113,17 +113,14 @@ class Progress:
 def report(output_dir: Path) -> None:
     """Print what the folder holds, and the command that trains on it."""
     print(f"\n{'split':<6} {'shards':>7} {'documents':>12} {'tokens':>16} {'text':>14}")
-    words = ["python", "run_pretrain.py"]
+    found: dict[str, Manifest] = {}
     held = None
     for split in SPLITS:
         folder = output_dir / split
         if folder.exists():
-            held = manifests.read(folder)
+            held = found[split] = manifests.read(folder)
             megabytes = f"{(held.text_bytes or 0) / 1e6:,.2f} MB"
             print(f"{split:<6} {len(held.shards):>7,} {held.documents or 0:>12,} {held.tokens:>16,} {megabytes:>14}")
-            words += [f"--{split}-dir", str(folder)]
-    if held is not None and (held.vocab_size or 0) > ModelConfig().vocabulary:
-        words += ["--vocab-size", str(held.vocab_size)]
     if held is not None and held.unused_documents:
         print(f"{'unused':<6} {'':>7} {held.unused_documents:>12,} {held.unused_tokens or 0:>16,}")
         print("\nunused: set apart by --valid-share and so never trained on, more than --valid-tokens asks for")
@@ -131,4 +128,7 @@ def report(output_dir: Path) -> None:
         print(f"\n{held.duplicates:,} exact duplicates dropped")
     for skipped in held.skipped_files if held is not None else ():
         print(f"left out: {skipped}")
-    print(f"\ntrain on it with:\n  {shlex.join(words)}")
+    if command := training_command(output_dir, found):
+        print(f"\ntrain on it with:\n  {command}")
+    else:
+        print("\ntoo few tokens to train on: prepare more text")

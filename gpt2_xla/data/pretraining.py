@@ -8,12 +8,12 @@ from torch import Tensor
 
 from gpt2_xla.config import PretrainConfig
 from gpt2_xla.data import manifest as manifests
+from gpt2_xla.data.data_mistakes import valid_data_mistakes, vocabulary_mistakes
 from gpt2_xla.data.loader import (
     TokenWindows,
     evaluation_batches,
     predicted_tokens,
     training_batches,
-    valid_data_mistakes,
 )
 from gpt2_xla.data.manifest import Manifest
 from gpt2_xla.data.train_dirs import parse_train_dirs
@@ -62,11 +62,14 @@ class PretrainingData:
         ]
         valid = open_folder(Path(config.data.valid_dir)) if config.data.valid_dir is not None else None
         train = TrainingSet(sources) if sources and len(sources) == len(dirs) else None
-        vocabulary = config.model.tokens_known
         if train is not None:
-            mistakes += train.mistakes(config.data.train_batch_size, vocabulary)
+            mistakes += train.mistakes(config.data.train_batch_size)
         if valid is not None:
-            mistakes += valid_data_mistakes(valid.windows.folder, valid.manifest, vocab_size=vocabulary)
+            mistakes += valid_data_mistakes(valid.windows.folder, valid.manifest)
+        named = [
+            (f"{'--valid-dir' if one is valid else '--train-dir'} {one.windows.folder}", one.manifest) for one in opened
+        ]
+        mistakes += vocabulary_mistakes(named, config.model.tokens_known)
         if mistakes:
             raise UserError(mistakes)
         all_full = all(one.full for one in opened)

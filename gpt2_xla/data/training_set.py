@@ -8,7 +8,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from gpt2_xla.data.loader import TokenWindows, train_data_mistakes
+from gpt2_xla.data.data_mistakes import train_data_mistakes
+from gpt2_xla.data.loader import TokenWindows
 from gpt2_xla.data.manifest import Manifest
 from gpt2_xla.data.mixture import Mixture
 
@@ -59,7 +60,7 @@ class TrainingSet:
         content = list(zip(prints, self.mixture.shares, strict=True))
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def mistakes(self, batch_size: int, vocab_size: int) -> list[str]:
+    def mistakes(self, batch_size: int) -> list[str]:
         """What is wrong with training on the sources, as sentences."""
         return [
             mistake
@@ -70,7 +71,6 @@ class TrainingSet:
                 seq_length=self.seq_length,
                 batch_size=batch_size,
                 taken=max(1, batch_size * share // self.mixture.period),
-                vocab_size=vocab_size,
             )
         ]
 

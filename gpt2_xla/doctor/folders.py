@@ -13,6 +13,7 @@ from pathlib import Path
 from gpt2_xla.cli import from_dict
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.manifest import Manifest
+from gpt2_xla.data.prepare_hint import prepare_arguments
 from gpt2_xla.data.train_dirs import parse_train_dirs
 from gpt2_xla.doctor.children import report
 from gpt2_xla.doctor.finding import Finding, python_command
@@ -38,8 +39,7 @@ def _data(name: str, folder: Path, verify: str) -> Finding:
     try:
         manifest = manifests.read(folder)
     except UserError as error:
-        output = folder.parent if folder.name in ("train", "valid") else folder
-        mend = f"{python_command()} scripts/prepare_text.py --output-dir {_quoted(output)}"
+        mend = f"{python_command()} {prepare_arguments(folder)}"
         return Finding(name, "problem", str(error).partition("; prepare data with")[0], mend)
     size = manifest.tokens * (2 if manifest.dtype == "uint16" else 4)
     full = verify == "full" or (verify == "auto" and size <= FULL_CHECK_BELOW)

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 
+from gpt2_xla.errors import UserError
 from gpt2_xla.runtime.cuda_host import cuda_mistakes
 from gpt2_xla.runtime.tpu_host import tpu_chips
 
@@ -12,6 +13,18 @@ HALVING = (
     "XLA_USE_BF16",
     "XLA_DOWNCAST_BF16",
 )  # announced as gone after 2.6, but 2.9 still rounds every float32 tensor
+
+
+def refuse_torchrun() -> None:
+    """UserError where torchrun started this process: each of its processes would make the whole run, in one folder.
+
+    A scheduler's RANK and WORLD_SIZE alone say nothing.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise UserError(
+            "torchrun is for run_pretrain.py; run_pretrain_xla.py starts its own processes, one for each device: "
+            "start it with PJRT_DEVICE=TPU python run_pretrain_xla.py (or CUDA, or CPU)"
+        )
 
 
 def installation_mistakes() -> list[str]:
