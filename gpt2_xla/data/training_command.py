@@ -9,9 +9,8 @@ from gpt2_xla.data.data_mistakes import windows_per_epoch
 from gpt2_xla.data.manifest import Manifest
 
 SMALL = ["--recipe", "macbook"]  # 0.8 M parameters, 2,000 steps
-EPOCHS = (
-    4  # as often GPT-2 reads the data: up to here a repeated token is worth about a new one (Muennighoff et al. 2023)
-)
+# How often GPT-2 reads the data: up to here a repeated token is worth about a new one (Muennighoff et al. 2023).
+EPOCHS = 4
 SMALL_EPOCHS = 50
 LEAST_STEPS = 500  # of half a million tokens; fewer teach GPT-2 little
 
