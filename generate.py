@@ -1,7 +1,6 @@
 """Text from a trained model: python generate.py --model runs/gpt2 --prompt "Once upon a time"."""
 
 import io
-import signal
 import sys
 
 from gpt2_xla.cli import parse
@@ -11,8 +10,6 @@ from gpt2_xla.script_config import GenerateConfig
 
 
 def main() -> None:
-    if hasattr(signal, "SIGPIPE"):  # `| head` ends it quietly, as it ends cat
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that can't show a character shows "?"
             stream.reconfigure(errors="replace")
