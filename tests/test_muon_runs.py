@@ -76,7 +76,8 @@ def test_xla_equals_torch_compiles_once_resumes_bit_for_bit_and_torch_continues_
     assert all_losses(tmp_path / "xla") == pytest.approx(all_losses(one_process), abs=TOLERANCE)
     found = records(tmp_path / "xla")
     assert found[0]["compiles"] == found[-1]["compiles"] == 2  # the optimizer's zeros, the step
-    assert found[18]["executions"] - found[8]["executions"] == 10
+    # One a step, counted when it ends: the step after a record's may have ended by then, or not.
+    assert found[18]["executions"] - found[8]["executions"] == pytest.approx(10, abs=1)
     for command, name in ((TRAIN_XLA, "again"), ((*TRAIN, "--device", "cpu"), "torch")):
         shutil.copytree(tmp_path / "xla" / "step-00000020", tmp_path / name / "step-00000020")
         run(*command, "--checkpoints-dir", tmp_path / name, **QUICK)
