@@ -250,6 +250,8 @@ def wandb_records(log: Path) -> Iterator[bytes]:
             place += left
             continue
         length, kind = struct.unpack_from("<HB", content, place + 4)  # behind a checksum
+        if place + 7 + length > len(content):
+            return  # it is being written
         record += content[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or the last part
@@ -272,13 +274,16 @@ def test_wandb_shows_the_course_after_a_rollback_and_the_last_step(monkeypatch, 
         sink.write({"kind": "train", "step": step, "loss": 2.0})
     sink.close()
     (log,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    seen = []
-    for data in wandb_records(log):
-        record = Record()
-        record.ParseFromString(data)
-        items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        if items:
-            seen.append((items["step"], items.get("train/loss")))
+    seen, pause, deadline = [], Event(), monotonic() + 30
+    while len(seen) < 5 and monotonic() < deadline:  # a process of W&B's own writes the file, and may still be at it
+        pause.wait(0.1)
+        seen = []
+        for data in wandb_records(log):
+            record = Record()
+            record.ParseFromString(data)
+            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            if items:
+                seen.append((items["step"], items.get("train/loss")))
     assert seen == [(80, 3.0), (100, 3.0), (110, None), (60, 2.0), (75, 2.0)]
 
 
