@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from commands import TINY, finish, records, run, start, torchrun, xla_replicas
 from conftest import write_split
+from flaky_store import FlakyStore
 from safetensors import safe_open
 from small_runs import run_here
 
@@ -21,6 +23,7 @@ from gpt2_xla.runtime.torch_runtime import TorchRuntime
 from gpt2_xla.script_config import VerifyRunConfig
 from gpt2_xla.step_guard import _delete_after
 from gpt2_xla.training_log import TrainingLog
+from gpt2_xla.uploads import Uploads
 
 STEP = 8 * 32  # tokens
 # Read in order; a window is 2 steps; steps 17 and 18 read noise.
@@ -192,6 +195,32 @@ def test_a_run_killed_while_it_goes_back_still_has_a_ledger_that_counts(train, m
             train(*SPIKY, "--train-dir", data, "--save-interval", "1", "--saved-checkpoint-limit", "9")
     assert train("--spike-factor", "100")[0] == 0
     assert verify_run(VerifyRunConfig(), tmp_path / "run")[1] == []
+
+
+def test_a_copy_in_flight_of_a_checkpoint_that_is_left_ends_first(train, monkeypatch, tmp_path):
+    began, withdrawing = threading.Event(), threading.Event()
+    put, withdraw, look = FlakyStore.put_file, Uploads.withdraw_after, step_guard._last_good_step
+
+    def slow(self, lpath, rpath, **named):
+        if "/step-00000017" in rpath or "/step-00000018" in rpath:  # of the window that spikes
+            began.set()
+            withdrawing.wait(60)
+        put(self, lpath, rpath, **named)
+
+    def withdrawn(self, *arguments):
+        withdrawing.set()
+        withdraw(self, *arguments)
+
+    monkeypatch.setattr(FlakyStore, "put_file", slow)
+    monkeypatch.setattr(Uploads, "withdraw_after", withdrawn)
+    monkeypatch.setattr(step_guard, "_last_good_step", lambda *arguments: began.wait(60) and look(*arguments))
+    FlakyStore.reset()
+    flags = ("--save-interval", "1", "--saved-checkpoint-limit", "9", "--remote-dir", "flaky://bucket/run")
+    status, printed = train(*SPIKY, "--train-dir", write_spiky_data(tmp_path), *flags, "--strict-saving")
+    assert status == 0, printed
+    assert "back to step 16" in printed
+    assert "could not" not in printed
+    assert "can't be read" not in printed
 
 
 def test_several_processes_go_back_together(tmp_path):
