@@ -33,10 +33,8 @@ def compare(config: InspectConfig, stream: TokenStream, tokenizer: Tokenizer, en
         raise UserError(f"--against {' '.join(config.against)} holds no documents")
     missing = dict(wanted)
     known = set(lengths.values())
-    first_end, rest = (
-        len(stream),
-        0,
-    )  # where the first document ends, and where what follows the last end-of-text begins
+    # Where the first document ends, and where what follows the last end-of-text begins.
+    first_end, rest = len(stream), 0
     with tqdm(total=len(stream), desc="comparing", unit="token", unit_scale=True, leave=False) as bar:
         for start, stop in _documents(stream, end_of_text, bar):
             first_end, rest = min(first_end, stop), stop + 1
