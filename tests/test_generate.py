@@ -14,6 +14,7 @@ import pytest
 import torch
 from ascii_run import MODEL, make_run
 
+from generate import main as generate_main
 from gpt2_xla import checkpoint, generation
 from gpt2_xla.checkpoint import TrainerState
 from gpt2_xla.config import ModelConfig, PretrainConfig, to_dict
@@ -79,6 +80,13 @@ def test_a_reader_that_goes_away_ends_it_quietly(run_dir):
     )
     assert len(result.stdout) == 20
     assert result.stderr == ""
+
+
+def test_a_connection_that_closes_stays_an_error_that_can_be_told(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--no-such-flag"])
+    with pytest.raises(UserError):
+        generate_main()
+    assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN  # by default it would end the process, without a word
 
 
 def test_all_mistakes_are_listed_at_once(tmp_path):
