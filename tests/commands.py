@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,6 +103,16 @@ def replica_processes(parent: int) -> list[int]:
 def is_alive(pid: int) -> bool:
     """Whether the process still runs (a zombie does not)."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] != "Z"
-    except FileNotFoundError:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def still_alive(pids: Iterable[int], timeout: float = 60) -> list[int]:
+    """Those that have not ended after `timeout` seconds: a killed process needs a moment, and more on a busy machine."""
+    deadline = time.monotonic() + timeout
+    left = list(pids)
+    while left and time.monotonic() < deadline:
+        time.sleep(0.01)
+        left = [pid for pid in left if is_alive(pid)]
+    return left

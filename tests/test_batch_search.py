@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from commands import TINY, TRAIN, data_flags, finish, is_alive, losses, replica_processes, run, start, torchrun
+from commands import TINY, TRAIN, data_flags, finish, losses, replica_processes, run, start, still_alive, torchrun
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import run_here
@@ -98,27 +98,20 @@ def searching(tmp_path, text_data):
     return process, trials[0]
 
 
-def gone(pid):
-    deadline = time.monotonic() + 60
-    while is_alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return not is_alive(pid)
-
-
 def test_a_signal_ends_the_search(tmp_path, text_data):
     process, trial = searching(tmp_path, text_data)
     process.send_signal(signal.SIGTERM)
     output = finish(process)
     assert process.returncode == 0, output
     assert "stopped before the first step: there is nothing to save; the same command begins anew" in output
-    assert gone(trial)
+    assert not still_alive([trial])
 
 
 def test_a_trial_dies_with_its_run(tmp_path, text_data):
     process, trial = searching(tmp_path, text_data)
     process.kill()
     finish(process)
-    assert gone(trial)
+    assert not still_alive([trial])
 
 
 SIZES = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 40)), min_size=1, max_size=3)

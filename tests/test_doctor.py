@@ -3,11 +3,10 @@
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 
 import pytest
-from commands import PYTHON, ROOT, finish, start
+from commands import PYTHON, ROOT, finish, start, still_alive
 from small_runs import FOUR_STEPS, run_here
 
 import run_pretrain
@@ -133,14 +132,11 @@ def test_a_child_that_hangs_is_killed_with_what_it_started_and_keeps_what_it_sai
         "print('some noise', flush=True)\n"
         "time.sleep(60)\n"
     )
-    started = time.monotonic()
-    outcome = run_child("hangs", seconds=2.0, environ={**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert time.monotonic() - started < 10
-    assert outcome.failure == "did not end within 2 s and was killed"
+    outcome = run_child("hangs", seconds=5.0, environ={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert outcome.failure == "did not end within 5 s and was killed"
     (fact,) = outcome.facts
     assert fact["stage"] == "begin"
-    stat = Path(f"/proc/{fact['pid']}/stat")
-    assert not stat.exists() or stat.read_text().rsplit(")")[-1].split()[0] == "Z"
+    assert not still_alive([fact["pid"]])
 
 
 @pytest.mark.xla

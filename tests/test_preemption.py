@@ -16,11 +16,11 @@ from commands import (
     TRAIN,
     data_flags,
     finish,
-    is_alive,
     records,
     replica_processes,
     run,
     start,
+    still_alive,
     torchrun,
     wait_for_step,
     xla_replicas,
@@ -152,7 +152,7 @@ def test_torchrun_restarts_a_killed_worker_and_the_run_ends_as_if_nothing_had_be
     for name in ("model.safetensors", "trainer_state/optimizer.safetensors"):
         one, other = ((tmp_path / run / "step-00000060" / name).read_bytes() for run in ("whole", "killed"))
         assert one == other
-    assert not any(is_alive(worker) for worker in workers)
+    assert not still_alive(workers)
 
 
 def test_workers_die_with_their_torchrun(tmp_path, text_data):
@@ -164,10 +164,7 @@ def test_workers_die_with_their_torchrun(tmp_path, text_data):
     process.kill()
     process.wait(10)
     assert len(workers) == 2
-    deadline = time.monotonic() + 5
-    while any(is_alive(worker) for worker in workers) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    left = [worker for worker in workers if is_alive(worker)]
+    left = still_alive(workers, timeout=30)
     for worker in left:
         os.kill(worker, signal.SIGKILL)
     assert left == []

@@ -11,11 +11,11 @@ from commands import (
     TRAIN_XLA,
     data_flags,
     finish,
-    is_alive,
     losses,
     replica_processes,
     run,
     start,
+    still_alive,
     torchrun,
     wait_for_step,
     xla_replicas,
@@ -149,7 +149,7 @@ def test_do_test_prints_the_validation_loss_of_the_checkpoint(uninterrupted):
 
 @pytest.mark.xla
 def test_xla_replicas_stop_at_one_step_and_leave_no_child(tmp_path, text_data):
-    command = [*xla_replicas(2), *TINY, *data_flags(text_data), "--train-steps", "120", "--checkpoints-dir", tmp_path]
+    command = [*xla_replicas(2), *TINY, *data_flags(text_data), "--train-steps", "9000", "--checkpoints-dir", tmp_path]
     process = start(*command)
     wait_for_step(process, tmp_path, 5)
     children = replica_processes(process.pid)
@@ -158,9 +158,9 @@ def test_xla_replicas_stop_at_one_step_and_leave_no_child(tmp_path, text_data):
     assert process.returncode == 0, output
     assert "Traceback" not in output
     (saved,) = checkpoints(tmp_path)
-    assert f"stopped at step {int(saved[5:])} of 120" in output
+    assert f"stopped at step {int(saved[5:])} of 9000" in output
     assert children
-    assert not any(is_alive(child) for child in children)
+    assert not still_alive(children)
 
 
 @pytest.mark.xla

@@ -13,10 +13,10 @@ from commands import (
     TRAIN_XLA,
     data_flags,
     finish,
-    is_alive,
     replica_processes,
     run,
     start,
+    still_alive,
     wait_for_step,
 )
 
@@ -83,7 +83,7 @@ def test_a_killed_process_takes_the_others_with_it(victim, tmp_path, text_data):
     (child,) = replica_processes(process.pid)
     os.kill(child if victim == "child" else process.pid, signal.SIGKILL)
     output = finish(process, timeout=30)  # the pipe closes only when the child is gone too
-    assert not is_alive(child)
+    assert not still_alive([child])
     if victim == "child":
         assert process.returncode == 1
         assert "a replica's process was killed" in output
