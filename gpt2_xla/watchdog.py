@@ -113,6 +113,7 @@ class Watchdog:
         if self._folder is not None:
             with contextlib.suppress(OSError):
                 _file(self._folder, self._rank).unlink(missing_ok=True)
+                _file(self._folder, self._rank).with_suffix(".new").unlink(missing_ok=True)  # of a full disk
                 self._folder.rmdir()  # the last one out; it fails for the others
 
     def _watch(self) -> None:
@@ -157,9 +158,11 @@ class Watchdog:
             "seconds": round(time.monotonic() - progress.since, 1),
             "time": time.time(),
         }
+        path = _file(self._folder, self._rank)
         with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            _file(self._folder, self._rank).write_text(json.dumps(word))
+            path.with_suffix(".new").write_text(json.dumps(word))
+            path.with_suffix(".new").replace(path)  # in one go: another rank may be reading it
 
     def _table(self) -> str:
         """Where every rank is, a line each."""

@@ -59,10 +59,10 @@ def test_a_signal_during_start_up_is_not_lost(tmp_path, text_data):
 
 @pytest.fixture(scope="module")
 def long_validation(tmp_path_factory):
-    """400,000 tokens to validate on: at 256 a batch, for seconds."""
+    """4 million tokens to validate on: at 256 a batch, for half a minute at least."""
     folder = tmp_path_factory.mktemp("long")
     write_split(folder, "train", np.arange(40_000) % 250)
-    write_split(folder, "valid", np.arange(400_000) % 250)
+    write_split(folder, "valid", np.arange(4_000_000) % 250)
     return folder
 
 
@@ -142,10 +142,12 @@ def test_torchrun_restarts_a_killed_worker_and_the_run_ends_as_if_nothing_had_be
     elastic.insert(-1, "--max-restarts=2")
     run(*elastic, *flags, tmp_path / "whole")
     slow = [*elastic[:-1], str(ROOT / "tests" / "pausing_run.py")]
-    process = start(*slow, *flags, tmp_path / "killed", PAUSE_AT="30", PAUSE_SECONDS="4")
+    process = start(*slow, *flags, tmp_path / "killed", PAUSE_AT="30", PAUSE_UNTIL=str(tmp_path / "go_on"))
     wait_for_step(process, tmp_path / "killed", 29)
+    wait_until(process, (tmp_path / "killed" / "step-00000020").exists)  # it is written in the background
     workers = replica_processes(process.pid)
     os.kill(workers[1], signal.SIGKILL)
+    (tmp_path / "go_on").touch()
     output = finish(process)
     assert process.returncode == 0, output
     assert "resuming after step 20 of 60" in output
@@ -162,9 +164,9 @@ def test_workers_die_with_their_torchrun(tmp_path, text_data):
     wait_for_step(process, tmp_path, 9)
     workers = replica_processes(process.pid)
     process.kill()
-    process.wait(10)
+    process.wait(60)
     assert len(workers) == 2
-    left = still_alive(workers, timeout=30)
+    left = still_alive(workers)
     for worker in left:
         os.kill(worker, signal.SIGKILL)
     assert left == []
@@ -177,14 +179,14 @@ def test_a_hang_ends_with_every_ranks_phase_and_stacks(tmp_path, text_data):
         str(ROOT / "tests" / "pausing_run.py"),
         *flags,
         "--hang-timeout",
-        "4",
+        "10",  # seconds, which a step of milliseconds does not take even where the cores are shared
         PAUSE_AT="10",
         RANK_PAUSED="1",
     )
-    output = finish(process, timeout=60)
+    output = finish(process)
     assert process.returncode != 0
     for rank, phase, step in ((0, "step", 10), (1, "data", 10)):
-        assert f"(--hang-timeout 4): rank {rank} of 2 is in phase {phase} after step {step}" in output
+        assert f"(--hang-timeout 10): rank {rank} of 2 is in phase {phase} after step {step}" in output
         assert f"  rank {rank}: {phase} after step {step}, for " in output
     assert " is MainThread" in output
     assert "pausing_run.py" in output  # the stack
@@ -207,6 +209,7 @@ def test_hosts_agree_on_when_to_stop_and_where_to_begin(tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), None) as free:
         port = str(free.server_port)
     processes = [start(*PYTHON, "-c", program, str(rank), port) for rank in range(2)]
-    outputs = [finish(process, 60) for process in processes]
-    for output in outputs:
-        assert output.endswith("True False\nstopped at 5\n")
+    outputs = [finish(process) for process in processes]
+    for output in outputs:  # without what gloo may say of the one that came first
+        told = [line for line in output.splitlines() if line.startswith(("True", "False", "stopped"))]
+        assert told == ["True False", "stopped at 5"], output

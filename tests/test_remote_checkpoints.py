@@ -17,6 +17,7 @@ from gpt2_xla import checkpoint_files as files
 from gpt2_xla.errors import UserError
 from gpt2_xla.remote_checkpoints import Published, RemoteRun, newest_checkpoint
 from gpt2_xla.remote_store import RemoteStore, StoreError
+from gpt2_xla.uploads import Uploads
 
 URL = "flaky://bucket/run"
 
@@ -259,7 +260,7 @@ def test_of_the_processes_of_a_host_one_downloads(tmp_path):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(150)
     assert found == [tmp_path / "there" / "step-00000001"] * 4
     fetched = [path for what, path in FlakyStore.log if what == "fetch"]
     assert len(fetched) == len(set(fetched))
@@ -272,6 +273,18 @@ def test_a_local_folder_is_a_store_too(tmp_path):
     RemoteStore(url).probe()
     assert {path.name.partition(".")[0] for path in (tmp_path / "disk" / "run").iterdir()} == {"latest", folder.name}
     assert checkpoint.problems(newest_checkpoint(tmp_path / "there", url, print)) == []
+
+
+@pytest.fixture
+def each_copied(monkeypatch):
+    """Every save is copied: the thread that saves waits for the copy, where it would let all but the newest save pass by."""
+    offer = Uploads.offer
+
+    def offered(self, folder):
+        offer(self, folder)
+        self.wait()
+
+    monkeypatch.setattr(Uploads, "offer", offered)
 
 
 def train(monkeypatch, text_data, folder, *more: object) -> int:
@@ -290,6 +303,7 @@ def fail_uploads_of(monkeypatch, step: int) -> None:
     monkeypatch.setattr(FlakyStore, "pipe_file", write)
 
 
+@pytest.mark.usefixtures("each_copied")
 def test_a_copy_that_fails_is_a_warning_and_the_run_goes_on(tmp_path, text_data, monkeypatch, capfd):
     fail_uploads_of(monkeypatch, 2)
     assert train(monkeypatch, text_data, tmp_path, "--saved-checkpoint-limit", "9") == 0
@@ -300,6 +314,7 @@ def test_a_copy_that_fails_is_a_warning_and_the_run_goes_on(tmp_path, text_data,
     assert FlakyStore.store["/bucket/run/metrics.jsonl"].getvalue() == (tmp_path / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.usefixtures("each_copied")
 def test_with_strict_saving_a_copy_that_fails_ends_the_run(tmp_path, text_data, monkeypatch, capfd):
     fail_uploads_of(monkeypatch, 1)
     assert train(monkeypatch, text_data, tmp_path, "--strict-saving") == 2
@@ -307,6 +322,7 @@ def test_with_strict_saving_a_copy_that_fails_ends_the_run(tmp_path, text_data, 
     assert not (tmp_path / "step-00000004").exists()
 
 
+@pytest.mark.usefixtures("each_copied")
 def test_a_last_copy_that_fails_is_no_success_and_the_same_command_makes_it(tmp_path, text_data, monkeypatch, capfd):
     with monkeypatch.context() as patch:
         fail_uploads_of(patch, 4)
@@ -317,6 +333,7 @@ def test_a_last_copy_that_fails_is_no_success_and_the_same_command_makes_it(tmp_
     assert steps(RemoteRun(URL)) == [4, 3, 2]
 
 
+@pytest.mark.usefixtures("each_copied")
 def test_a_machine_with_an_empty_folder_continues(tmp_path, text_data, monkeypatch, capfd):
     here, there = tmp_path / "here", tmp_path / "there"
     assert train(monkeypatch, text_data, here) == 0
@@ -327,6 +344,7 @@ def test_a_machine_with_an_empty_folder_continues(tmp_path, text_data, monkeypat
     assert steps(RemoteRun(URL)) == [6, 5, 4]
 
 
+@pytest.mark.usefixtures("each_copied")
 def test_the_records_of_a_checkpoints_steps_are_there_before_it_is(tmp_path, text_data, monkeypatch):
     seen = []
     honest = FlakyStore.pipe_file

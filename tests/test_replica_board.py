@@ -14,6 +14,7 @@ from gpt2_xla.errors import UserError
 from gpt2_xla.runtime.replica_board import ReplicaBoard
 
 LAST_STEP = 300  # far beyond any request: a replica that gets there missed the stop
+PATIENCE = 150  # seconds for another replica to come, which may have to start and import first
 COLLECTIVE = 3  # steps between two meetings of the replicas: so far one may be ahead of another
 
 
@@ -38,7 +39,7 @@ def steps_until_stop(path: Path, request_at: int | None, meeting) -> int:
             if step == request_at:
                 board.request_stop()
             if step % COLLECTIVE == 0:
-                meeting.wait(20)
+                meeting.wait(PATIENCE)
         return LAST_STEP
     finally:
         board.close()
@@ -79,7 +80,7 @@ def test_threads_all_stop_before_the_same_step_in_many_random_trials():
         requests[chance.randrange(4)] = chance.randrange(60)
         meeting = threading.Barrier(4)
         with ThreadPoolExecutor(4) as pool:
-            stops = list(pool.map(steps_until_stop, [board.path] * 4, requests, [meeting] * 4, timeout=60))
+            stops = list(pool.map(steps_until_stop, [board.path] * 4, requests, [meeting] * 4, timeout=PATIENCE))
         asked = [request for request in requests if request is not None]
         assert len(set(stops)) == 1, (requests, stops)
         assert min(asked) < stops[0] < LAST_STEP
@@ -98,9 +99,9 @@ def test_processes_all_stop_before_the_same_step_in_many_random_trials():
     processes = [context.Process(target=replica_process, args=a, daemon=True) for a in arguments]
     for process in processes:
         process.start()
-    stops = [results.get(timeout=60) for _ in processes]
+    stops = [results.get(timeout=PATIENCE) for _ in processes]
     for process in processes:
-        process.join(30)
+        process.join(PATIENCE)
         assert process.exitcode == 0
     for trial, of_replicas in enumerate(zip(*stops, strict=True)):
         assert len(set(of_replicas)) == 1, (trial, of_replicas)
@@ -145,7 +146,7 @@ def test_of_failures_at_the_same_time_one_is_kept_whole():
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(PATIENCE)
         failure = board.failure()
         assert failure is not None
         mistakes = failure["mistakes"]
