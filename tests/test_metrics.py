@@ -15,7 +15,7 @@ from time import monotonic
 import numpy as np
 import pytest
 import torch
-from commands import TRAIN, data_flags, finish, losses, records, start
+from commands import PATIENCE, TRAIN, data_flags, finish, losses, records, start
 from small_runs import FOUR_STEPS, run_here
 
 import run_pretrain
@@ -230,7 +230,11 @@ def test_wandb_offline_keeps_the_run_and_a_resume_continues_it(train, monkeypatc
     assert identity
     assert offline.name.endswith(identity)
     (log,) = offline.glob("*.wandb")
-    parts, pause, deadline = (b"train/loss", b"valid/loss", b"learning_rate", b"a note"), Event(), monotonic() + 30
+    parts, pause, deadline = (
+        (b"train/loss", b"valid/loss", b"learning_rate", b"a note"),
+        Event(),
+        monotonic() + PATIENCE,
+    )
     # A process of W&B's own writes the file, and may still be at it.
     while not all(part in log.read_bytes() for part in parts) and monotonic() < deadline:
         pause.wait(0.1)
@@ -274,7 +278,7 @@ def test_wandb_shows_the_course_after_a_rollback_and_the_last_step(monkeypatch, 
         sink.write({"kind": "train", "step": step, "loss": 2.0})
     sink.close()
     (log,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    seen, pause, deadline = [], Event(), monotonic() + 30
+    seen, pause, deadline = [], Event(), monotonic() + PATIENCE
     while len(seen) < 5 and monotonic() < deadline:  # a process of W&B's own writes the file, and may still be at it
         pause.wait(0.1)
         seen = []
@@ -294,7 +298,7 @@ def test_wandb_without_an_account_is_a_users_mistake(monkeypatch, text_data, tmp
     flags = (*FOUR_STEPS, *data_flags(text_data), "--checkpoints-dir", str(tmp_path / "run"), "--wandb-logging")
     # In a process of its own, for wandb remembers its mode; and in a home where nobody is logged in.
     process = start(*TRAIN, *flags, HOME=str(tmp_path), NETRC=str(tmp_path / "netrc"))
-    printed = finish(process, 90)
+    printed = finish(process)
     assert process.returncode == 2, printed
     assert re.search(r"^error: --wandb-logging: .+ \(WANDB_MODE=offline logs without an account\)$", printed, re.M)
     assert "Traceback" not in printed

@@ -1,16 +1,14 @@
 """All micro-steps of a step are one XLA loop: equal to eager micro-steps, with dropout masks of their own."""
 
-import json
-
 import pytest
-from commands import PYTHON, ROOT, run
+from commands import PYTHON, ROOT, printed_json, run
 
 pytestmark = pytest.mark.xla
 
 
 @pytest.fixture(scope="module")
 def found():
-    return json.loads(run(*PYTHON, str(ROOT / "tests" / "xla_micro_steps.py")).splitlines()[-1])
+    return printed_json(run(*PYTHON, str(ROOT / "tests" / "xla_micro_steps.py")))
 
 
 def test_loss_and_gradients_equal_eager_micro_steps(found):

@@ -1,10 +1,9 @@
 """Runs with Muon: the same losses on every runtime, resumed bit for bit, one program, checkpoints for all of them."""
 
-import json
 import shutil
 
 import pytest
-from commands import PYTHON, ROOT, TINY, TRAIN, TRAIN_XLA, data_flags, losses, records, run, torchrun
+from commands import PYTHON, ROOT, TINY, TRAIN, TRAIN_XLA, data_flags, losses, printed_json, records, run, torchrun
 from safetensors import safe_open
 from small_runs import run_here
 
@@ -99,7 +98,7 @@ def test_a_mesh_equals_one_process_and_continues_its_checkpoint(tmp_path, text_d
 def test_a_step_that_is_not_finite_is_skipped_on_the_device(text_data):
     output = run(*PYTHON, str(ROOT / "tests" / "xla_muon_steps.py"), **QUICK)
     # Good, NaN and good gradients, and an infinite loss; and the steps of a schedule that reaches 0 and a NaN: all one program.
-    assert json.loads(output.splitlines()[-1]) == {
+    assert printed_json(output) == {
         "changed_nothing": [False, True, False, True],
         "finite": True,
         "compiles": 0,

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from commands import PYTHON, ROOT, TINY, TRAIN_XLA, data_flags, finish, losses, records, run, start
+from commands import PATIENCE, PYTHON, ROOT, TINY, TRAIN_XLA, data_flags, finish, losses, records, run, start
 
 from gpt2_xla.doctor import cuda_plugin, devices
 from gpt2_xla.doctor.children import Deadline
@@ -47,7 +47,7 @@ H100 = Driver("550.54.15", 12_040, tuple(Gpu("NVIDIA H100 80GB HBM3", f"GPU-{n}a
 
 def trained(command, text_data, folder, *flags):
     """The losses of 20 steps."""
-    run(*command, *FLAGS, *data_flags(text_data), "--checkpoints-dir", folder, *flags, timeout=170)
+    run(*command, *FLAGS, *data_flags(text_data), "--checkpoints-dir", folder, *flags)
     return losses(folder)
 
 
@@ -72,7 +72,7 @@ def test_the_plugin_trains_as_the_cpu_does(precision, start_method, tolerance, t
 @needs_stand_in
 def test_the_sharded_path_and_generation_reach_the_plugin(text_data, tmp_path):
     flags = (*data_flags(text_data), "--checkpoints-dir", tmp_path, "--sharding", "fsdp", "--train-steps", "3")
-    output = run(*STAND_IN, "train", *FLAGS, *flags, timeout=170, GPU_NUM_DEVICES="4")
+    output = run(*STAND_IN, "train", *FLAGS, *flags, GPU_NUM_DEVICES="4")
     assert "4 × XLA CUDA" in output
     assert len(losses(tmp_path)) == 3
     flags = ("--model", str(tmp_path), "--prompt", "The ", "--max-new-tokens", "8", "--json")
@@ -160,7 +160,9 @@ def test_a_plugin_of_another_api_is_refused_with_both_versions():
 def test_the_fallback_asks_for_one_torch_only():
     told = (ROOT / "requirements-xla_cuda.txt").read_text()
     (filtered,) = re.findall(r"pip install -r <\((.*)\) torch==2.7.0 ", told)
-    lines = subprocess.run(filtered.split(), cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    lines = subprocess.run(
+        filtered.split(), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=True
+    ).stdout
     assert "safetensors" in lines
     assert not re.findall(r"^torch\b", lines, re.MULTILINE)
 
@@ -197,7 +199,7 @@ def test_a_gpu_trains_as_the_cpu_does(text_data, tmp_path):
     folders = [tmp_path / device for device in ("CUDA", "CPU")]
     for folder in folders:
         flags_of_run = (*FLAGS, *data_flags(text_data), *flags, "--checkpoints-dir", folder)
-        run(*TRAIN_XLA, *flags_of_run, timeout=170, PJRT_DEVICE=folder.name, GPU_NUM_DEVICES="1")
+        run(*TRAIN_XLA, *flags_of_run, PJRT_DEVICE=folder.name, GPU_NUM_DEVICES="1")
     gpu, cpu = map(losses, folders)
     assert max(abs(a - b) for a, b in zip(gpu, cpu, strict=True)) <= 1e-3
     assert records(folders[0])[-1]["peak_memory_bytes"] > 0
@@ -225,7 +227,7 @@ int nvmlDeviceGetUUID(void *device, char *text, unsigned size) { snprintf(text, 
 def test_nvml_is_asked_for_driver_and_gpus(tmp_path):
     (tmp_path / "nvml.c").write_text(FAKE_NVML)
     library = tmp_path / "nvml.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "nvml.c"], check=True, timeout=60)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "nvml.c"], check=True, timeout=PATIENCE)
     driver = cuda_host.read_driver(str(library))
     assert driver == Driver("550.54.15", 12_040, (Gpu("GPU 0", "GPU-0"), Gpu("GPU 1", "GPU-1")))
     assert driver.cuda_text == "12.4"

@@ -4,12 +4,12 @@ import http.server
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from commands import (
+    PATIENCE,
     PYTHON,
     ROOT,
     TINY,
@@ -23,18 +23,10 @@ from commands import (
     still_alive,
     torchrun,
     wait_for_step,
+    wait_until,
     xla_replicas,
 )
 from conftest import write_split
-
-
-def wait_until(process, happened, timeout=90):
-    """Return when `happened()` is true; fails if the process ends or takes too long before that."""
-    deadline = time.monotonic() + timeout
-    while not happened():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def catches_sigterm(process) -> bool:
@@ -105,7 +97,7 @@ def test_the_maintenance_notice_is_a_signal(tmp_path, text_data):
         def do_GET(self):
             asked.append((self.path, self.headers["Metadata-Flavor"]))
             if "wait_for_change=true" in self.path:
-                notice.wait(60)
+                notice.wait(PATIENCE)
             values = {True: "TERMINATE_ON_HOST_MAINTENANCE", False: "NONE"}
             text = values[notice.is_set()] if "maintenance-event" in self.path else "FALSE"
             self.send_response(200)
@@ -122,6 +114,7 @@ def test_the_maintenance_notice_is_a_signal(tmp_path, text_data):
         flags = [*TINY, *data_flags(text_data), "--train-steps", "100000", "--checkpoints-dir", tmp_path]
         process = start(*TRAIN, *flags, GCE_METADATA_HOST=f"127.0.0.1:{server.server_port}")
         wait_for_step(process, tmp_path, 2)
+        wait_until(process, lambda: len({path.split("?")[0] for path, _ in asked}) == 2)  # both are watched
         notice.set()
         output = finish(process)
     finally:
@@ -164,7 +157,7 @@ def test_workers_die_with_their_torchrun(tmp_path, text_data):
     wait_for_step(process, tmp_path, 9)
     workers = replica_processes(process.pid)
     process.kill()
-    process.wait(60)
+    process.wait(PATIENCE)
     assert len(workers) == 2
     left = still_alive(workers)
     for worker in left:

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from commands import PATIENCE
 
 from gpt2_xla.data.prefetch import prefetch
 from gpt2_xla.errors import UserError
@@ -32,7 +33,7 @@ def test_prefetch_works_ahead_by_its_depth_only() -> None:
 
     items = prefetch(numbers(), 3)
     assert next(items) == 0
-    assert ahead.wait(60)  # 1 taken, 3 ready, 1 in hand
+    assert ahead.wait(PATIENCE)  # 1 taken, 3 ready, 1 in hand
     assert made == [0, 1, 2, 3, 4]
     items.close()
     assert not prefetch_threads()

@@ -18,6 +18,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from commands import PATIENCE
 
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data import prepare, units
@@ -61,7 +62,7 @@ def files_under(folder: Path) -> dict[str, bytes]:
 
 def run_script(name: str, *arguments: object, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=90)
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=PATIENCE)
 
 
 # What comes out
@@ -259,10 +260,10 @@ def start_long_run(tmp_path: Path) -> tuple[subprocess.Popen, list[psutil.Proces
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     parts = tmp_path / "out" / ".preparing" / "units"
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + PATIENCE
     while not any(parts.glob("*.json")):
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no unit within 40 s"
+        assert time.monotonic() < deadline, "no unit"
         time.sleep(0.05)
     return process, psutil.Process(process.pid).children(recursive=True)
 
@@ -281,18 +282,18 @@ def test_interrupt_leaves_no_processes_and_keeps_finished_units(tmp_path: Path) 
         blocked = Path(f"/proc/{worker.pid}/status").read_text().split("SigBlk:")[1].split()[0]
         assert int(blocked, 16) >> (signal.SIGINT - 1) & 1
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, errors = process.communicate(timeout=40)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert not psutil.wait_procs(children, timeout=20)[1]
+    assert not psutil.wait_procs(children, timeout=PATIENCE)[1]
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".preparing"]
 
 
 def test_killed_run_leaves_no_processes_and_refuses_another_command(tmp_path: Path) -> None:
     process, children = start_long_run(tmp_path)
     process.kill()
-    process.communicate(timeout=40)
-    assert not psutil.wait_procs(children, timeout=20)[1]
+    process.communicate(timeout=PATIENCE)
+    assert not psutil.wait_procs(children, timeout=PATIENCE)[1]
     (tmp_path / "b.txt").write_text("another text")
     other = config_for(tmp_path / "b.txt", tmp_path / "out")
     with pytest.raises(UserError, match=r"unfinished work of another command: --source was .*in'\], is .*b.txt"):
@@ -321,7 +322,7 @@ def test_unfinished_work_of_another_tokenizer_is_refused(tmp_path: Path) -> None
 def test_a_dying_worker_ends_the_run_with_one_sentence(tmp_path: Path) -> None:
     process, children = start_long_run(tmp_path)
     workers_among(children)[0].kill()
-    _, errors = process.communicate(timeout=40)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert "one of the 2 tokenizing processes died" in errors
     assert "Traceback" not in errors
@@ -554,4 +555,4 @@ def test_mistakes_end_with_status_2_and_no_traceback(tmp_path: Path, script: str
 
 def test_preparing_text_imports_no_torch() -> None:
     code = "import sys; import gpt2_xla.data.prepare; sys.exit(any(m in sys.modules for m in ('torch', 'datasets', 'pyarrow')))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=PATIENCE).returncode == 0

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from commands import TINY, data_flags, losses, run
+from commands import PATIENCE, TINY, data_flags, losses, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -301,7 +301,7 @@ def test_a_name_on_the_hub_is_downloaded_once_and_then_needs_no_network(tmp_path
         environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")} | more
         command = [sys.executable, "-c", code]
         return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=True
         ).stdout
 
     with small_hub("some/gpt2", files, kind="models") as (endpoint, asked):

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from commands import data_flags, losses
+from commands import PATIENCE, data_flags, losses
 from flaky_store import FlakyStore
 from small_runs import FOUR_STEPS, run_here
 from test_saving import same, saved_state, small_run, state_of
@@ -260,7 +260,7 @@ def test_of_the_processes_of_a_host_one_downloads(tmp_path):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(150)
+        thread.join(PATIENCE)
     assert found == [tmp_path / "there" / "step-00000001"] * 4
     fetched = [path for what, path in FlakyStore.log if what == "fetch"]
     assert len(fetched) == len(set(fetched))

@@ -10,15 +10,17 @@ import torch.distributed as dist
 from gpt2_xla.runtime import rendezvous
 from gpt2_xla.runtime.stop_signals import StopRequest
 meet = rendezvous.meet
-rendezvous.meet = lambda environment, wait, stop: meet(environment, timedelta(minutes=1), stop)
-rendezvous.WAIT = timedelta(seconds=6)  # to connect
+rendezvous.meet = lambda environment, wait, stop: meet(environment, timedelta(minutes=5), stop)
+rendezvous.WAIT = timedelta(seconds=12)  # to connect
 of_cpus = rendezvous.open_group("gloo", torch.device("cpu"), StopRequest())
-for group in (dist.group.WORLD, of_cpus):
-    if os.environ["RANK"] == "1":
-        time.sleep(9)
-    value = torch.ones(1)
-    dist.all_reduce(value, group=group)
-    print("together", int(value))
+if os.environ["RANK"] == "1":
+    time.sleep(15)
+values = [torch.ones(1) for _ in range(2)]
+groups = (dist.group.WORLD, of_cpus)
+works = [dist.all_reduce(value, group=group, async_op=True) for value, group in zip(values, groups)]
+for work, value in zip(works, values):
+    work.wait()
+    os.write(1, f"together {int(value)}\\n".encode())  # at once: the other process writes into the same pipe
 """
 
 

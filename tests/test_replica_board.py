@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from commands import PATIENCE
 
 from gpt2_xla.errors import UserError
 from gpt2_xla.runtime.replica_board import ReplicaBoard
 
 LAST_STEP = 300  # far beyond any request: a replica that gets there missed the stop
-PATIENCE = 150  # seconds for another replica to come, which may have to start and import first
 COLLECTIVE = 3  # steps between two meetings of the replicas: so far one may be ahead of another
 
 

@@ -13,6 +13,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from commands import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = 20
@@ -52,7 +53,7 @@ def test_twenty_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
     source = write_source(tmp_path / "in")
     started = time.monotonic()
     whole = start(source, tmp_path / "whole", workers=1)
-    output, _ = whole.communicate(timeout=120)
+    output, _ = whole.communicate(timeout=PATIENCE)
     assert whole.returncode == 0, output
     length = time.monotonic() - started
     expected = hashes(tmp_path / "whole")
@@ -69,8 +70,8 @@ def test_twenty_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
         except subprocess.TimeoutExpired:
             children = psutil.Process(process.pid).children(recursive=True)
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate(timeout=60)
-            psutil.wait_procs(children, timeout=20)
+            process.communicate(timeout=PATIENCE)
+            assert not psutil.wait_procs(children, timeout=PATIENCE)[1]
             kills += 1
         else:
             assert process.returncode == 0, process.communicate()[0]
@@ -79,7 +80,7 @@ def test_twenty_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
             assert sorted(path.name for path in out.iterdir()) == ["train", "valid"]
             out = tmp_path / f"killed{finished}"
     process = start(source, out, workers=2)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     assert hashes(out) == expected
     assert sorted(path.name for path in out.iterdir()) == ["train", "valid"]

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 from commands import (
+    PYTHON,
     TINY,
     TRAIN,
     TRAIN_XLA,
@@ -21,6 +22,7 @@ from commands import (
     xla_replicas,
 )
 from small_runs import run_here
+from stopping import PAUSING, stop_paused
 
 import run_pretrain
 
@@ -90,26 +92,27 @@ def test_from_checkpoint_continues_the_given_one_elsewhere(tmp_path, uninterrupt
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_cleanly_and_resume_is_bit_for_bit(number, tmp_path, text_data, uninterrupted):
-    command = [*TRAIN, *FLAGS, *data_flags(text_data), "--checkpoints-dir", tmp_path]
-    process = start(*command)
-    wait_for_step(process, tmp_path, 3)
-    process.send_signal(number)
-    output = finish(process)
+    folder, go_on = tmp_path / "run", tmp_path / "go_on"
+    flags = [*FLAGS, *data_flags(text_data), "--checkpoints-dir", folder]
+    process = start(*PYTHON, PAUSING, *flags, PAUSE_AT="4", PAUSE_UNTIL=str(go_on))
+    wait_for_step(process, folder, 3)
+    output = stop_paused(process, number, go_on)
     assert process.returncode == 0, output
     assert "Traceback" not in output
-    (saved,) = checkpoints(tmp_path)
+    (saved,) = checkpoints(folder)
     assert f"stopped at step {int(saved[5:])} of 60" in output
-    run(*command)
-    assert final_bytes(tmp_path) == final_bytes(uninterrupted)
+    run(*TRAIN, *flags)
+    assert final_bytes(folder) == final_bytes(uninterrupted)
 
 
-def test_torchrun_stops_at_one_step_and_continues_with_another_number_of_processes(tmp_path, text_data):
-    flags = [*TINY, *data_flags(text_data), "--train-steps", "200"]
-    run(*TRAIN, *flags, "--checkpoints-dir", tmp_path / "one")
-    process = start(*torchrun(2), *flags, "--checkpoints-dir", tmp_path / "two")
+def test_torchrun_stops_at_one_step_and_continues_with_another_number_of_processes(tmp_path, monkeypatch, text_data):
+    flags, go_on = [*TINY, *data_flags(text_data), "--train-steps", "100"], tmp_path / "go_on"
+    one = (*flags, "--device", "cpu", "--checkpoints-dir", tmp_path / "one")
+    assert run_here(monkeypatch, run_pretrain.main, *one) == 0
+    pause = {"PAUSE_AT": "21", "PAUSE_UNTIL": str(go_on)}
+    process = start(*torchrun(2, PAUSING), *flags, "--checkpoints-dir", tmp_path / "two", **pause)
     wait_for_step(process, tmp_path / "two", 20)
-    process.terminate()  # torchrun passes it on to its processes
-    output = finish(process)
+    output = stop_paused(process, signal.SIGTERM, go_on)  # torchrun passes it on to its processes
     assert "stopped at step" in output
     assert len(checkpoints(tmp_path / "two")) == 1
     run(*TRAIN, *flags, "--checkpoints-dir", tmp_path / "two")

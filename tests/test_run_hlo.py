@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from commands import PYTHON, ROOT, run
+from commands import PATIENCE, PYTHON, ROOT, printed_json, run
 
 from gpt2_xla.errors import UserError
 from gpt2_xla.hlo.folder import read_folder
@@ -25,7 +25,7 @@ def mistakes(*flags, **environment):
         env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
     assert result.returncode == 2, result.stderr
@@ -36,7 +36,7 @@ def mistakes(*flags, **environment):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hlo") / "step"
-    run(*RUN_HLO, *MODEL, "--gradient-accum-step", "2", "--export", str(folder), timeout=170)
+    run(*RUN_HLO, *MODEL, "--gradient-accum-step", "2", "--export", str(folder))
     return folder
 
 
@@ -47,7 +47,7 @@ def test_jax_runs_the_step_to_torch_xlas_losses_without_torch_xla(exported, tmp_
     output = run(
         *RUN_HLO, "--folder", str(exported), "--steps", "7", "--json", PYTHONPATH=str(tmp_path), JAX_PLATFORMS="cpu"
     )
-    found = json.loads(output[output.index("{") :])
+    found = printed_json(output)
     assert len(found["losses"]) == 7
     assert len(found["torch_xla_losses"]) == 5
     assert found["largest_difference"] <= 1.4e-4
@@ -99,7 +99,7 @@ def test_a_step_json_that_was_changed_is_damaged(change, sentence, exported, tmp
 def test_nothing_is_told_of_a_tpu_where_there_is_none(exported):
     command = [*RUN_HLO, "--folder", str(exported), "--steps", "1"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TPU_"))}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert "TPU_" not in result.stderr
     assert "compiling for" in result.stderr
 

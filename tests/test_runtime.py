@@ -69,7 +69,6 @@ def test_compile_changes_speed_not_losses_and_is_counted(tmp_path, text_data):
             "--checkpoints-dir",
             folder,
             *flags,
-            timeout=170,
         )
         curves.append(losses(folder))
     assert curves[1] == pytest.approx(curves[0], abs=1e-5)

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import TINY, TRAIN, data_flags, finish, losses, records, run, start, torchrun
+from commands import PATIENCE, PYTHON, TINY, TRAIN, data_flags, finish, losses, records, run, start, torchrun
 from small_runs import run_here
+from stopping import PAUSING
 
 import run_pretrain
 from gpt2_xla.checkpoint_files import sha256
@@ -49,7 +50,7 @@ def steps(url: str) -> list[int]:
 
 def wait_for(url: str, step: int, process) -> None:
     """Return once a checkpoint of that step or a later one is published."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE
     while max(steps(url), default=0) < step:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "nothing published"
@@ -63,13 +64,13 @@ def test_a_run_killed_with_its_disk_goes_on_as_if_nothing_had_been(server, tmp_p
         run_here(monkeypatch, run_pretrain.main, *flags, "--device", "cpu", "--checkpoints-dir", tmp_path / "whole")
         == 0
     )
-    command = [*TRAIN, *flags, "--checkpoints-dir", here, "--remote-dir", url]
-    process = start(*command, **server)
+    flags += ["--checkpoints-dir", here, "--remote-dir", url]
+    process = start(*PYTHON, PAUSING, *flags, **server, PAUSE_AT="45")  # for ever
     wait_for(url, 20, process)
     os.killpg(process.pid, signal.SIGKILL)
     finish(process)
     shutil.rmtree(here)
-    output = run(*command, **server)
+    output = run(*TRAIN, *flags, **server)
     assert f"downloading checkpoint {url}/step-000000" in output
     for name in ("model.safetensors", "trainer_state/optimizer.safetensors"):
         assert (here / "step-00000060" / name).read_bytes() == (

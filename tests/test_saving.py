@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import data_flags
+from commands import PATIENCE, data_flags
 from small_runs import FOUR_STEPS, run_here
 
 import run_pretrain
@@ -72,7 +72,7 @@ def gate(monkeypatch):
     gate, original = threading.Event(), checkpoint.save
 
     def save(*arguments, **named):
-        assert gate.wait(60)
+        assert gate.wait(PATIENCE)
         return original(*arguments, **named)
 
     monkeypatch.setattr(checkpoint, "save", save)
@@ -300,7 +300,9 @@ def peak_share(folder: Path, what: str) -> float:
         "MALLOC_ARENA_MAX": "1",
     }
     command = [sys.executable, "-c", MEMORY, str(folder), what]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert done.returncode == 0, done.stderr
     size, peak = map(int, done.stdout.split())
     assert size > 100e6

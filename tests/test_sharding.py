@@ -1,6 +1,5 @@
 """torchrun's processes with the model cut up between them: one process's losses, a share of its memory, its checkpoints."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ import torch
 from commands import PYTHON, ROOT, TINY, TRAIN, data_flags, finish, losses, records, run, start, torchrun, wait_for_step
 from sharded_training import CASES, STEPS, Training
 from small_runs import FOUR_STEPS, run_here
+from stopping import PAUSING
 
 import run_pretrain
 from gpt2_xla import checkpoint, loading
@@ -31,7 +31,7 @@ def together(tmp_path_factory):
     """What each of four processes found (tests/sharded_training.py), and the folder of their checkpoints."""
     folder = tmp_path_factory.mktemp("together")
     launch = [*PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}"]
-    run(*launch, str(ROOT / "tests" / "sharded_training.py"), str(folder), timeout=170)
+    run(*launch, str(ROOT / "tests" / "sharded_training.py"), str(folder))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(PROCESSES)], folder
 
 
@@ -128,12 +128,10 @@ def test_a_run_of_two_processes_is_that_of_one_with_accumulation_recomputation_a
 
 def test_killed_it_goes_on_with_other_processes_cut_in_another_way_and_then_with_one(tmp_path, text_data, one_process):
     folder, after = tmp_path / "run", tmp_path / "after"
-    process = start(
-        *torchrun(2), *FLAGS, *data_flags(text_data), "--sharding", "fsdp", "--checkpoints-dir", str(folder)
-    )
+    flags = (*FLAGS, *data_flags(text_data), "--sharding", "fsdp", "--checkpoints-dir", folder)
+    process = start(*torchrun(2, PAUSING), *flags, PAUSE_AT="24")  # for ever
     wait_for_step(process, folder, 23)
-    with contextlib.suppress(ProcessLookupError):  # a fast run may have ended: then there is nothing left to do
-        os.killpg(process.pid, signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)
     finish(process)
     output = run(*torchrun(4), "--sharding", "hsdp", "--mesh", "data=2,fsdp=2", "--checkpoints-dir", folder)
     assert "mesh data=2,fsdp=2, parameters and optimizer state: 0.71 MB" in output

@@ -1,8 +1,8 @@
 """The sharded path: the losses of one process, a share of the memory, one program, checkpoints for every runtime."""
 
-import json
 import re
 import shutil
+import signal
 
 import pytest
 from commands import (
@@ -14,11 +14,13 @@ from commands import (
     data_flags,
     finish,
     losses,
+    printed_json,
     records,
     run,
     start,
     wait_for_step,
 )
+from stopping import PAUSING_XLA, stop_paused
 
 from gpt2_xla.config import DataConfig, ModelConfig, PretrainConfig
 from gpt2_xla.errors import UserError
@@ -99,17 +101,17 @@ def test_other_meshes_levers_and_optimizer_equal_one_process(mesh, levers, tmp_p
 
 @pytest.mark.xla
 def test_a_signal_saves_and_resume_is_bit_for_bit(tmp_path, text_data, eight_devices):
-    command = [*sharded(*FLAGS), *data_flags(text_data), "--checkpoints-dir", tmp_path]
-    process = start(*command, **EIGHT)
-    wait_for_step(process, tmp_path, 3)
-    process.terminate()
-    output = finish(process)
+    folder, go_on = tmp_path / "run", tmp_path / "go_on"
+    command = [*PYTHON, PAUSING_XLA, "--sharding", "fsdp", *FLAGS, *data_flags(text_data), "--checkpoints-dir", folder]
+    process = start(*command, **EIGHT, PAUSE_AT="4", PAUSE_UNTIL=str(go_on))
+    wait_for_step(process, folder, 3)
+    output = stop_paused(process, signal.SIGTERM, go_on)
     assert process.returncode == 0, output
     assert "Traceback" not in output
-    stopped = max(int(path.name[5:]) for path in tmp_path.glob("step-*"))
+    stopped = max(int(path.name[5:]) for path in folder.glob("step-*"))
     assert f"stopped at step {stopped} of {STEPS}" in output
-    run(*TRAIN_XLA, "--checkpoints-dir", tmp_path, **EIGHT)  # sharded is one of the checkpoint's options
-    assert final_bytes(tmp_path) == final_bytes(eight_devices[0])
+    run(*TRAIN_XLA, "--checkpoints-dir", folder, **EIGHT)  # sharded is one of the checkpoint's options
+    assert final_bytes(folder) == final_bytes(eight_devices[0])
 
 
 @pytest.mark.xla
@@ -133,7 +135,7 @@ def counted(tmp_path_factory, text_data):
     script, dump = str(ROOT / "tests" / "spmd_step_counters.py"), tmp_path_factory.mktemp("hlo")
     flags = f"{EIGHT['XLA_FLAGS']} --xla_dump_to={dump} --xla_dump_hlo_as_text"
     output = run(*PYTHON, script, str(text_data), "data=2,fsdp=2,tensor=2", **{**EIGHT, "XLA_FLAGS": flags})
-    return {**json.loads(output.splitlines()[-1]), "programs": sorted(dump.glob("*after_optimizations.txt"))}
+    return {**printed_json(output), "programs": sorted(dump.glob("*after_optimizations.txt"))}
 
 
 @pytest.mark.xla

@@ -231,7 +231,7 @@ def test_a_batch_that_the_replicas_cannot_share_names_the_nearest_that_they_can(
 def test_torchrun_ends_with_the_sentence(text_data, tmp_path):
     flags = ("--train-batch-size", "5", "--eval-batch-size", "4", "--checkpoints-dir", str(tmp_path / "run"))
     process = start(*torchrun(2), *FOUR_STEPS, *data_flags(text_data), *flags)
-    printed = finish(process, 90)
+    printed = finish(process)
     assert process.returncode != 0
     assert "--train-batch-size 5 is not divisible by the 2 replicas; use 4 or 6" in printed
     # torchrun shows a traceback of its own; ours would lead through the program's files.
@@ -243,7 +243,7 @@ def test_the_xla_program_refuses_torchrun_at_once(monkeypatch, capsys, text_data
     flags = [flag for flag in FOUR_STEPS if flag not in ("--device", "cpu")]
     flags += [*data_flags(text_data), "--checkpoints-dir", str(tmp_path / "run")]
     process = start(*torchrun(2, TRAIN_XLA[-1]), *flags)
-    printed = finish(process, 90)
+    printed = finish(process)
     assert process.returncode != 0
     sentence = "torchrun is for run_pretrain.py; run_pretrain_xla.py starts its own processes"
     assert f"error: {sentence}" in printed
@@ -479,7 +479,7 @@ def test_xla_without_torch_xla_is_one_sentence(text_data, tmp_path):
         tmp_path / "run",
     )
     process = start(*PYTHON, "-c", code, TRAIN_XLA[-1], *flags)
-    printed = finish(process, 60)
+    printed = finish(process)
     assert process.returncode == 2, printed
     assert printed.startswith("error: torch_xla is not installed; pip install -r requirements-xla_tpu.txt")
     assert len(printed.splitlines()) == 1
@@ -496,7 +496,7 @@ def test_xla_replicas_tell_of_damaged_data_and_of_fp16(own_data, tmp_path):
         (half, "--mixed-precision fp16 is not supported on XLA devices; use --mixed-precision bf16 or no"),
         (damaged, "its sha256 differs"),
     ):
-        printed = finish(process, 90)
+        printed = finish(process)
         assert process.returncode == 2, printed
         assert sentence in "".join(mistakes_in(printed))
         assert "Traceback" not in printed
@@ -505,7 +505,7 @@ def test_xla_replicas_tell_of_damaged_data_and_of_fp16(own_data, tmp_path):
 
 def test_a_plain_command_exits_with_status_2(text_data):
     process = start(*TRAIN, "--preset", "gpt3", "--train-dir", text_data / "train", "--seq-length", "64")
-    printed = finish(process, 60)
+    printed = finish(process)
     assert process.returncode == 2
     assert (
         printed

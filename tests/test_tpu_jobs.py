@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from commands import PYTHON, start
+from commands import PATIENCE, PYTHON, start
 from tpu_answers import TOO_LARGE
 
 from gpt2_xla.config import PRESETS, ModelConfig, XlaConfig
@@ -24,7 +24,7 @@ class Patient(Job):
     """A job that has as long as a busy machine needs for it, whatever the limit of the others."""
 
     def has_ended(self, limit):
-        return super().has_ended(150)
+        return super().has_ended(PATIENCE)
 
 
 def job(tmp_path, name, code, kind=Patient):
@@ -144,14 +144,14 @@ def test_what_a_killed_run_left_is_swept_by_the_next_but_not_what_a_living_one_u
     left, used = (Path(process.stdout.readline().strip()) for process in (dead, living))
     try:
         dead.kill()
-        dead.wait(60)
+        dead.wait(PATIENCE)
         assert (left / "half.tmp").exists()
         with PlanCache(tmp_path).workspace():
             assert not left.exists()
             assert (used / "half.tmp").exists()
     finally:
         living.kill()
-        living.wait(60)
+        living.wait(PATIENCE)
     with PlanCache(tmp_path).workspace():
         pass
     assert not list(tmp_path.iterdir())

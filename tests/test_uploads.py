@@ -4,6 +4,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from commands import PATIENCE
 
 from gpt2_xla import uploads
 from gpt2_xla.remote_store import StoreError
@@ -21,7 +22,7 @@ class Store:
 
     def publish(self, folder, keep):
         self.began.set()
-        assert self.let.acquire(timeout=60)
+        assert self.let.acquire(timeout=PATIENCE)
         if self.error:
             raise self.error
         self.copied.append(folder.name)
@@ -53,7 +54,7 @@ def copies(store, failures, tmp_path):
 def test_of_those_offered_during_a_copy_only_the_last_is_copied_and_none_is_waited_for(copies, store):
     for name in "abc":
         copies.offer(Path(name))  # returns at once: nothing is let through yet
-        assert store.began.wait(60)
+        assert store.began.wait(PATIENCE)
     assert copies.in_use() == {Path("a"), Path("c")}
     store.let.release(2)
     copies.wait()
@@ -94,7 +95,7 @@ def test_a_failure_is_told_and_the_next_copy_is_tried(copies, store, failures, e
 
 def test_copies_of_a_course_that_is_left_are_withdrawn_after_the_copy_in_flight(copies, store):
     copies.offer(Path("a"))
-    assert store.began.wait(60)
+    assert store.began.wait(PATIENCE)
     copies.offer(Path("b"))
     copies.withdraw_after(5, alive=store.let.release)  # while it waits: by then b is forgotten
     assert store.copied == ["records", "a", "withdrawn after 5"]

@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+from commands import PATIENCE
 
 from gpt2_xla.errors import HangError
 from gpt2_xla.watchdog import Watchdog
@@ -31,7 +32,7 @@ def watchdogs(tmp_path):
 
 def wait_for_word(folder, rank, phase):
     """Return when the rank has left word that it is in this phase."""
-    file, deadline = folder / "progress" / f"rank-{rank:05d}.json", time.monotonic() + 60
+    file, deadline = folder / "progress" / f"rank-{rank:05d}.json", time.monotonic() + PATIENCE
     while not file.exists() or json.loads(file.read_text())["phase"] != phase:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -49,7 +50,7 @@ def test_it_ends_the_run_with_the_place_of_every_rank(watchdogs, tmp_path, capfd
     other.mark("save", 13)
     wait_for_word(tmp_path, 1, "save")
     one.mark("step", 12)
-    assert ended.wait(60)
+    assert ended.wait(PATIENCE)
     assert isinstance(errors[0], HangError)
     assert "rank 0 of 2 is in phase step after step 12\n  rank 0: step after step 12, for " in str(errors[0])
     assert "\n  rank 1: save after step 13, for " in str(errors[0])
@@ -64,7 +65,7 @@ def test_a_rank_that_is_gone_is_told_by_its_silence(watchdogs, tmp_path):
     wait_for_word(tmp_path, 1, "data")
     other._done.set()  # as a stopped process: it writes no more
     one.mark("step", 3)
-    assert ended.wait(60)
+    assert ended.wait(PATIENCE)
     assert "rank 1: data after step 3" in str(errors[0])
     assert "so its process is stopped or gone" in str(errors[0])
 
@@ -74,7 +75,7 @@ def test_a_compilation_may_take_longer(watchdogs):
     dog.mark("step", 0)  # the first of its kind: it compiles
     assert not ended.wait(1.2)
     dog.mark("step", 1)
-    assert ended.wait(60)
+    assert ended.wait(PATIENCE)
 
 
 def test_nothing_is_left_behind(watchdogs, tmp_path):

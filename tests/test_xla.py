@@ -1,6 +1,5 @@
 """What the XLA runtime promises: a constant graph, no host sync, syncfree steps, errors that arrive, no orphan."""
 
-import json
 import os
 import signal
 
@@ -13,6 +12,7 @@ from commands import (
     TRAIN_XLA,
     data_flags,
     finish,
+    printed_json,
     replica_processes,
     run,
     start,
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.xla
 @pytest.fixture(scope="module")
 def counted(text_data):
     output = run(*PYTHON, str(ROOT / "tests" / "xla_step_counters.py"), str(text_data))
-    return json.loads(output.splitlines()[-1])
+    return printed_json(output)
 
 
 def test_a_step_is_one_execution_without_compiling_or_fetching(counted):
@@ -82,7 +82,7 @@ def test_a_killed_process_takes_the_others_with_it(victim, tmp_path, text_data):
     wait_for_step(process, tmp_path, 2)
     (child,) = replica_processes(process.pid)
     os.kill(child if victim == "child" else process.pid, signal.SIGKILL)
-    output = finish(process, timeout=30)  # the pipe closes only when the child is gone too
+    output = finish(process)  # the pipe closes only when the child is gone too
     assert not still_alive([child])
     if victim == "child":
         assert process.returncode == 1

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 from ascii_run import make_run
-from commands import PYTHON, ROOT, run
+from commands import PATIENCE, PYTHON, ROOT, printed_json, run
 
 pytestmark = pytest.mark.xla
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.xla
 @pytest.fixture(scope="module")
 def found():
     output = run(*PYTHON, str(ROOT / "tests" / "xla_generation_counters.py"))
-    return json.loads(output.splitlines()[-1])
+    return printed_json(output)
 
 
 def test_each_bucket_and_decoding_compile_once(found):
@@ -49,7 +49,7 @@ def test_a_missing_device_is_told(tmp_path):
     command = [*PYTHON, "generate.py", "--model", str(tmp_path), "--prompt", "x", "--device", "xla"]
     environment = {key: value for key, value in os.environ.items() if key != "PJRT_DEVICE"}
     result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: --device xla: PJRT_DEVICE is not set")

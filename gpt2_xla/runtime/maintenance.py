@@ -15,6 +15,7 @@ from gpt2_xla.runtime.stop_signals import StopRequest
 
 # A live migration (MIGRATE_ON_HOST_MAINTENANCE) is no reason to stop.
 NOTICES = {"maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE", "preempted": "TRUE"}
+FIRST_TRIES = 3  # a busy host may miss the answer to one
 WAIT_SECONDS = 300  # after which the server answers though nothing changed
 _PRODUCT = Path("/sys/class/dmi/id/product_name")
 
@@ -42,13 +43,14 @@ def on_google_cloud() -> bool:
 def _watch(key: str, notice: str, stop: StopRequest) -> None:
     """Wait for a value to become `notice`."""
     pause = threading.Event()
-    answered, tag = False, ""
+    answered, tag, tries = False, "", FIRST_TRIES
     while not stop.requested:
         try:
-            # The first question must be answered at once, or there is no such server.
+            # One of the first questions must be answered at once, or there is no such server.
             value, tag = _ask(key, tag) if answered else _ask(key, "", wait=False)
         except (OSError, http.client.HTTPException):
-            if not answered:
+            tries -= 1
+            if not answered and not tries:
                 return
             tag = ""
             pause.wait(10.0)
