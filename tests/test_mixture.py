@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import TINY, TRAIN, losses, records, run, torchrun
+from commands import TINY, losses, records, run, torchrun
 from conftest import write_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_runs import FOUR_STEPS, run_here
+from small_runs import FOUR_STEPS, run_here, said_here
 
 import run_pretrain
 from gpt2_xla.cli import from_dict
@@ -213,7 +213,7 @@ def test_a_source_too_small_for_its_part_of_a_batch_is_named(tmp_path: Path) -> 
 # Whole runs
 
 # 64 × 32 tokens a step: each source passes an epoch within the run.
-FLAGS = [*TINY, "--train-batch-size", "64", "--train-steps", "40", "--warmup-steps", "10"]
+FLAGS = [*TINY, "--device", "cpu", "--train-batch-size", "64", "--train-steps", "40", "--warmup-steps", "10"]
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def uninterrupted(two_sources: list[str], tmp_path_factory: pytest.TempPathFacto
     """A run of 40 steps in one process that also saved at step 15."""
     folder = tmp_path_factory.mktemp("mixed") / "run"
     flags = (*two_sources, "--save-interval", "15", "--checkpoints-dir", folder)
-    output = run(*TRAIN, *FLAGS, *flags)
+    output = said_here(run_pretrain.main, *FLAGS, *flags)
     assert "70.00% text (40,000 tokens), 30.00% numbers (23,889 tokens)" in output
     assert output.count("1.43 epochs of text, 1.03 epochs of numbers") == 2  # planned, and done at the end
     return folder
@@ -246,21 +246,21 @@ def test_a_mixed_run_resumes_bit_for_bit_and_tells_of_other_weights(
 ) -> None:
     for name in ("same", "other"):
         shutil.copytree(uninterrupted / "step-00000015", tmp_path / name / "step-00000015")
-    output = run(*TRAIN, "--checkpoints-dir", tmp_path / "same")
+    output = said_here(run_pretrain.main, "--checkpoints-dir", tmp_path / "same")
     assert "note:" not in output
     for file in ("model.safetensors", "trainer_state/optimizer.safetensors"):
         ours, theirs = (folder / "step-00000040" / file for folder in (tmp_path / "same", uninterrupted))
         assert ours.read_bytes() == theirs.read_bytes()
     assert losses(tmp_path / "same") == losses(uninterrupted)[15:]
     changed = [entry.replace(":0.7", ":0.8") for entry in two_sources]
-    output = run(*TRAIN, "--checkpoints-dir", tmp_path / "other", *changed, "--train-steps", "16")
+    output = said_here(run_pretrain.main, "--checkpoints-dir", tmp_path / "other", *changed, "--train-steps", "16")
     assert "note: the training data is not the checkpoint's; from step 15 on" in output
 
 
 def test_two_processes_train_on_the_mixture_that_one_does(
     uninterrupted: Path, two_sources: list[str], tmp_path: Path
 ) -> None:
-    run(*torchrun(2), *FLAGS, *two_sources, "--checkpoints-dir", tmp_path, "--device", "cpu")
+    run(*torchrun(2), *FLAGS, *two_sources, "--checkpoints-dir", tmp_path)
     assert losses(tmp_path) == pytest.approx(losses(uninterrupted), abs=1e-5)  # sums in another order
     states = [
         json.loads((folder / "step-00000040/trainer_state/state.json").read_text())

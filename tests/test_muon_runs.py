@@ -3,9 +3,9 @@
 import shutil
 
 import pytest
-from commands import PYTHON, ROOT, TINY, TRAIN, TRAIN_XLA, data_flags, losses, printed_json, records, run, torchrun
+from commands import PYTHON, QUICK, ROOT, TINY, TRAIN_XLA, data_flags, losses, printed_json, records, run, torchrun
 from safetensors import safe_open
-from small_runs import run_here
+from small_runs import run_here, said_here
 
 import run_pretrain
 
@@ -18,7 +18,6 @@ FLAGS = [
 ]
 STATE = ("model.safetensors", "trainer_state/optimizer.safetensors")
 TOLERANCE = 1e-5  # float32; measured 1.5e-6
-QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # halves the time to compile
 EIGHT = {"CPU_NUM_DEVICES": "8", **QUICK}
 
 
@@ -34,7 +33,8 @@ def all_losses(run_dir):
 def one_process(tmp_path_factory, text_data):
     """The run of one torch process on the CPU."""
     folder = tmp_path_factory.mktemp("one_process") / "run"
-    output = run(*TRAIN, *FLAGS, *data_flags(text_data), "--device", "cpu", "--checkpoints-dir", folder)
+    flags = (*FLAGS, *data_flags(text_data), "--device", "cpu", "--checkpoints-dir", folder)
+    output = said_here(run_pretrain.main, *flags)
     assert "muon for the blocks' matrices, adamw for the rest, independent weight decay 0.0001, lr" in output
     assert losses(folder)[-1] < 0.7 * losses(folder)[0]
     return folder
@@ -77,9 +77,10 @@ def test_xla_equals_torch_compiles_once_resumes_bit_for_bit_and_torch_continues_
     assert found[0]["compiles"] == found[-1]["compiles"] == 2  # the optimizer's zeros, the step
     # One a step, counted when it ends: the step after a record's may have ended by then, or not.
     assert found[18]["executions"] - found[8]["executions"] == pytest.approx(10, abs=1)
-    for command, name in ((TRAIN_XLA, "again"), ((*TRAIN, "--device", "cpu"), "torch")):
+    for name in ("again", "torch"):
         shutil.copytree(tmp_path / "xla" / "step-00000020", tmp_path / name / "step-00000020")
-        run(*command, "--checkpoints-dir", tmp_path / name, **QUICK)
+    run(*TRAIN_XLA, "--checkpoints-dir", tmp_path / "again", **QUICK)
+    said_here(run_pretrain.main, "--device", "cpu", "--checkpoints-dir", tmp_path / "torch")
     assert final_bytes(tmp_path / "again") == final_bytes(tmp_path / "xla")
     assert losses(tmp_path / "torch") == pytest.approx(losses(tmp_path / "xla")[20:], abs=TOLERANCE)
 

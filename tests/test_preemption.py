@@ -27,6 +27,9 @@ from commands import (
     xla_replicas,
 )
 from conftest import write_split
+from small_runs import said_here
+
+import run_pretrain
 
 
 def catches_sigterm(process) -> bool:
@@ -70,8 +73,8 @@ def long_validation(tmp_path_factory):
 def test_a_signal_ends_a_validation_on_all_replicas_and_a_restart_makes_up_for_it(
     command, number, tmp_path, long_validation
 ):
-    flags = [*command, *TINY, *data_flags(long_validation), "--train-steps", "3", "--checkpoints-dir", tmp_path]
-    process = start(*flags)
+    flags = [*TINY, *data_flags(long_validation), "--train-steps", "3", "--checkpoints-dir", tmp_path]
+    process = start(*command, *flags)
     wait_for_step(process, tmp_path, 3)  # logged just before the last validation begins
     process.send_signal(number)
     output = finish(process)
@@ -83,10 +86,10 @@ def test_a_signal_ends_a_validation_on_all_replicas_and_a_restart_makes_up_for_i
     assert records(tmp_path, "valid") == []
     assert checkpoints(tmp_path) == ["step-00000003"]
     if command == TRAIN:
-        output = run(*flags, "--valid-steps", "2")
+        output = said_here(run_pretrain.main, *flags, "--valid-steps", "2")
         assert "all 3 steps are done" in output
         assert [record["step"] for record in records(tmp_path, "valid")] == [3]
-        assert "step 3: validation" not in run(*flags)  # done once
+        assert "step 3: validation" not in said_here(run_pretrain.main, *flags)  # done once
 
 
 def test_the_maintenance_notice_is_a_signal(tmp_path, text_data):

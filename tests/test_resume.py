@@ -7,6 +7,7 @@ import signal
 import pytest
 from commands import (
     PYTHON,
+    QUICK,
     TINY,
     TRAIN,
     TRAIN_XLA,
@@ -21,7 +22,7 @@ from commands import (
     wait_for_step,
     xla_replicas,
 )
-from small_runs import run_here
+from small_runs import run_here, said_here
 from stopping import PAUSING, stop_paused
 
 import run_pretrain
@@ -43,8 +44,8 @@ def checkpoints(run_dir):
 def uninterrupted(tmp_path_factory, text_data):
     """A run of 60 steps in one process that also saved at step 25."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    flags = [*FLAGS, *data_flags(text_data), "--valid-interval", "25", "--save-interval", "25"]
-    run(*TRAIN, *flags, "--checkpoints-dir", folder)
+    flags = [*FLAGS, *data_flags(text_data), "--valid-interval", "25", "--save-interval", "25", "--device", "cpu"]
+    said_here(run_pretrain.main, *flags, "--checkpoints-dir", folder)
     assert checkpoints(folder) == ["step-00000025", "step-00000050", "step-00000060"]
     return folder
 
@@ -78,7 +79,7 @@ def test_interrupted_in_warm_up_and_in_the_fall_of_wsd_is_bit_for_bit(tmp_path, 
 
 def test_resume_tells_when_the_batches_to_come_are_others(tmp_path, uninterrupted):
     shutil.copytree(uninterrupted / "step-00000050", tmp_path / "step-00000050")
-    output = run(*TRAIN, "--checkpoints-dir", tmp_path, "--seed", "7", "--no-shuffle")
+    output = said_here(run_pretrain.main, "--checkpoints-dir", tmp_path, "--seed", "7", "--no-shuffle")
     assert "note: --seed is not the checkpoint's; from step 50 on" in output
     assert "note: --shuffle is not the checkpoint's; from step 50 on" in output
     assert "training data is not" not in output
@@ -86,7 +87,7 @@ def test_resume_tells_when_the_batches_to_come_are_others(tmp_path, uninterrupte
 
 def test_from_checkpoint_continues_the_given_one_elsewhere(tmp_path, uninterrupted):
     source = uninterrupted / "step-00000025"
-    run(*TRAIN, "--from-checkpoint", source, "--checkpoints-dir", tmp_path / "copy")
+    said_here(run_pretrain.main, "--from-checkpoint", source, "--checkpoints-dir", tmp_path / "copy")
     assert final_bytes(tmp_path / "copy") == final_bytes(uninterrupted)
 
 
@@ -101,21 +102,21 @@ def test_a_signal_saves_and_exits_cleanly_and_resume_is_bit_for_bit(number, tmp_
     assert "Traceback" not in output
     (saved,) = checkpoints(folder)
     assert f"stopped at step {int(saved[5:])} of 60" in output
-    run(*TRAIN, *flags)
+    said_here(run_pretrain.main, *flags)
     assert final_bytes(folder) == final_bytes(uninterrupted)
 
 
-def test_torchrun_stops_at_one_step_and_continues_with_another_number_of_processes(tmp_path, monkeypatch, text_data):
+def test_torchrun_stops_at_one_step_and_continues_with_another_number_of_processes(tmp_path, text_data):
     flags, go_on = [*TINY, *data_flags(text_data), "--train-steps", "100"], tmp_path / "go_on"
-    one = (*flags, "--device", "cpu", "--checkpoints-dir", tmp_path / "one")
-    assert run_here(monkeypatch, run_pretrain.main, *one) == 0
+    flags += ["--device", "cpu"]
+    said_here(run_pretrain.main, *flags, "--checkpoints-dir", tmp_path / "one")
     pause = {"PAUSE_AT": "21", "PAUSE_UNTIL": str(go_on)}
     process = start(*torchrun(2, PAUSING), *flags, "--checkpoints-dir", tmp_path / "two", **pause)
     wait_for_step(process, tmp_path / "two", 20)
     output = stop_paused(process, signal.SIGTERM, go_on)  # torchrun passes it on to its processes
     assert "stopped at step" in output
     assert len(checkpoints(tmp_path / "two")) == 1
-    run(*TRAIN, *flags, "--checkpoints-dir", tmp_path / "two")
+    said_here(run_pretrain.main, *flags, "--checkpoints-dir", tmp_path / "two")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
@@ -124,8 +125,8 @@ def test_torchrun_stops_at_one_step_and_continues_with_another_number_of_process
 )
 def test_a_checkpoint_goes_from_any_number_of_processes_to_any(kind, tmp_path, text_data):
     """Losses differ from those of one process by the order of float32 sums alone: measured below 1e-6."""
-    flags = [*TINY, *data_flags(text_data), "--train-steps", "15", "--save-interval", "5"]
-    run(*TRAIN, *flags, "--checkpoints-dir", tmp_path / "one")
+    flags = [*TINY, *data_flags(text_data), "--train-steps", "15", "--save-interval", "5", "--device", "cpu"]
+    said_here(run_pretrain.main, *flags, "--checkpoints-dir", tmp_path / "one")
     expected, source = losses(tmp_path / "one"), "one"
     hops = [(torchrun(4), 5), (torchrun(2), 10)] if kind == "gloo" else [(xla_replicas(2), 5)]
     for hop, (command, step) in enumerate(hops):
@@ -138,14 +139,14 @@ def test_a_checkpoint_goes_from_any_number_of_processes_to_any(kind, tmp_path, t
 
 def test_a_finished_run_resumed_trains_nothing_more(uninterrupted, tmp_path):
     folder = shutil.copytree(uninterrupted, tmp_path / "run")
-    output = run(*TRAIN, "--checkpoints-dir", folder)
+    output = said_here(run_pretrain.main, "--checkpoints-dir", folder)
     assert "all 60 steps are done" in output
     assert losses(folder) == losses(uninterrupted)
     assert final_bytes(folder) == final_bytes(uninterrupted)
 
 
 def test_do_test_prints_the_validation_loss_of_the_checkpoint(uninterrupted):
-    output = run(*TRAIN, "--do-test", "--checkpoints-dir", uninterrupted)
+    output = said_here(run_pretrain.main, "--do-test", "--checkpoints-dir", uninterrupted)
     loss = losses(uninterrupted, "valid")[-1]
     assert f"60 steps trained: validation loss {loss:.4f}, perplexity" in output
 
@@ -169,13 +170,13 @@ def test_xla_replicas_stop_at_one_step_and_leave_no_child(tmp_path, text_data):
 @pytest.mark.xla
 def test_xla_resumes_bit_for_bit_and_torch_continues_its_checkpoint(tmp_path, text_data):
     flags = [*TINY, *data_flags(text_data), "--train-steps", "60", "--save-interval", "20", "--max-recompiles", "0"]
-    run(*TRAIN_XLA, *flags, "--checkpoints-dir", tmp_path / "whole")
+    run(*TRAIN_XLA, *flags, "--checkpoints-dir", tmp_path / "whole", **QUICK)
     for name in ("xla", "torch"):
         shutil.copytree(tmp_path / "whole" / "step-00000020", tmp_path / name / "step-00000020")
-    run(*TRAIN, "--checkpoints-dir", tmp_path / "torch")
+    said_here(run_pretrain.main, "--device", "cpu", "--checkpoints-dir", tmp_path / "torch")
     assert losses(tmp_path / "torch") == pytest.approx(losses(tmp_path / "whole")[20:], abs=1e-5)
     for _ in range(2):  # interrupted twice: after step 20, and after step 40
-        output = run(*TRAIN_XLA, "--checkpoints-dir", tmp_path / "xla")
+        output = run(*TRAIN_XLA, "--checkpoints-dir", tmp_path / "xla", **QUICK)
         assert ", 0 of them after warm-up" in output
         assert final_bytes(tmp_path / "xla") == final_bytes(tmp_path / "whole")
         shutil.rmtree(tmp_path / "xla" / "step-00000060")

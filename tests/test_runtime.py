@@ -5,7 +5,9 @@ import threading
 import pytest
 import torch
 from commands import TINY, TRAIN, data_flags, losses, records, run
+from small_runs import said_here
 
+import run_pretrain
 from gpt2_xla.config import ModelConfig, OptimConfig, TorchConfig
 from gpt2_xla.data.prefetch import prefetch
 from gpt2_xla.errors import UserError
@@ -49,29 +51,18 @@ def test_bf16_losses_stay_near_float32(tmp_path, text_data):
     curves = []
     for precision in ("no", "bf16"):
         folder = tmp_path / precision
-        flags = [*TINY, *data_flags(text_data), "--train-steps", "60", "--checkpoints-dir", folder]
-        run(*TRAIN, *flags, "--mixed-precision", precision)
+        flags = [*TINY, *data_flags(text_data), "--device", "cpu", "--train-steps", "60", "--checkpoints-dir", folder]
+        said_here(run_pretrain.main, *flags, "--mixed-precision", precision)
         curves.append(losses(folder))
     assert curves[1] == pytest.approx(curves[0], abs=3e-2)
     assert curves[1] != curves[0]
 
 
 def test_compile_changes_speed_not_losses_and_is_counted(tmp_path, text_data):
-    curves = []
-    for name, flags in (("eager", []), ("compiled", ["--compile"])):
-        folder = tmp_path / name
-        run(
-            *TRAIN,
-            *TINY,
-            *data_flags(text_data),
-            "--train-steps",
-            "30",
-            "--checkpoints-dir",
-            folder,
-            *flags,
-        )
-        curves.append(losses(folder))
-    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+    flags = [*TINY, *data_flags(text_data), "--device", "cpu", "--train-steps", "30", "--checkpoints-dir"]
+    said_here(run_pretrain.main, *flags, tmp_path / "eager")
+    run(*TRAIN, *flags, tmp_path / "compiled", "--compile")
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-5)
     compiles = [record["compiles"] for record in records(tmp_path / "compiled")]
     assert compiles[0] == compiles[-1] > 0
 

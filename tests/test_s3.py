@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import PATIENCE, PYTHON, TINY, TRAIN, data_flags, finish, losses, records, run, start, torchrun
-from small_runs import run_here
+from commands import PATIENCE, PYTHON, TINY, data_flags, finish, losses, records, run, start, torchrun
+from small_runs import said_here
 from stopping import PAUSING
 
 import run_pretrain
@@ -57,20 +57,17 @@ def wait_for(url: str, step: int, process) -> None:
         time.sleep(0.05)
 
 
-def test_a_run_killed_with_its_disk_goes_on_as_if_nothing_had_been(server, tmp_path, text_data, monkeypatch):
+def test_a_run_killed_with_its_disk_goes_on_as_if_nothing_had_been(server, tmp_path, text_data):
     url, here = "s3://bucket/some/run", tmp_path / "here"
-    flags = [*FLAGS, *data_flags(text_data)]
-    assert (
-        run_here(monkeypatch, run_pretrain.main, *flags, "--device", "cpu", "--checkpoints-dir", tmp_path / "whole")
-        == 0
-    )
+    flags = [*FLAGS, *data_flags(text_data), "--device", "cpu"]
+    said_here(run_pretrain.main, *flags, "--checkpoints-dir", tmp_path / "whole")
     flags += ["--checkpoints-dir", here, "--remote-dir", url]
     process = start(*PYTHON, PAUSING, *flags, **server, PAUSE_AT="45")  # for ever
     wait_for(url, 20, process)
     os.killpg(process.pid, signal.SIGKILL)
     finish(process)
     shutil.rmtree(here)
-    output = run(*TRAIN, *flags, **server)
+    output = said_here(run_pretrain.main, *flags)
     assert f"downloading checkpoint {url}/step-000000" in output
     for name in ("model.safetensors", "trainer_state/optimizer.safetensors"):
         assert (here / "step-00000060" / name).read_bytes() == (

@@ -18,8 +18,6 @@ from gpt2_xla.sampling import (
     penalize_repetition,
 )
 
-torch.set_num_threads(1)  # on a busy machine, threads that share tiny matrices wait for one another: 10 times slower
-
 # Quarters give many ties; the range reaches probabilities that vanish in float32.
 LOGITS = st.lists(st.integers(-160, 160).map(lambda n: n / 4), min_size=1, max_size=20)
 

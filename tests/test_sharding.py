@@ -7,9 +7,9 @@ import signal
 
 import pytest
 import torch
-from commands import PYTHON, ROOT, TINY, TRAIN, data_flags, finish, losses, records, run, start, torchrun, wait_for_step
+from commands import PYTHON, ROOT, TINY, data_flags, finish, losses, records, run, start, torchrun, wait_for_step
 from sharded_training import CASES, STEPS, Training
-from small_runs import FOUR_STEPS, run_here
+from small_runs import FOUR_STEPS, run_here, said_here
 from stopping import PAUSING
 
 import run_pretrain
@@ -105,7 +105,8 @@ def last_losses(run_dir, kind="train"):
 def one_process(tmp_path_factory, text_data):
     """A run of one process."""
     folder = tmp_path_factory.mktemp("one_process") / "run"
-    run(*TRAIN, *FLAGS, *data_flags(text_data), "--sample-interval", "20", "--checkpoints-dir", folder)
+    flags = (*FLAGS, *data_flags(text_data), "--sample-interval", "20", "--checkpoints-dir", folder)
+    said_here(run_pretrain.main, *flags)
     return folder
 
 
@@ -140,7 +141,7 @@ def test_killed_it_goes_on_with_other_processes_cut_in_another_way_and_then_with
     shutil.copytree(folder / "step-00000030", after / "step-00000030")
     names = [file.name for file in sorted((after / "step-00000030" / "trainer_state").glob("*.safetensors"))]
     assert names == ["optimizer-00000-000.safetensors", "optimizer-00001-000.safetensors"]  # of the first copy alone
-    output = run(*TRAIN, "--checkpoints-dir", after)
+    output = said_here(run_pretrain.main, "--checkpoints-dir", after)
     assert "note: the run's --sharding hsdp is pointless with one process" in output
     assert losses(after) == pytest.approx(losses(one_process)[30:], abs=TOLERANCE)
 

@@ -7,9 +7,9 @@ import signal
 import pytest
 from commands import (
     PYTHON,
+    QUICK,
     ROOT,
     TINY,
-    TRAIN,
     TRAIN_XLA,
     data_flags,
     finish,
@@ -20,15 +20,16 @@ from commands import (
     start,
     wait_for_step,
 )
+from small_runs import said_here
 from stopping import PAUSING_XLA, stop_paused
 
+import run_pretrain
 from gpt2_xla.config import DataConfig, ModelConfig, PretrainConfig
 from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT, build_model
 from gpt2_xla.runtime.mesh import MeshShape, layout_in_use, mesh_mistakes, parameter_layout, parse_mesh
 
-# Eight devices on the CPU; XLA compiles for them in half the time when LLVM does not optimize.
-EIGHT = {"CPU_NUM_DEVICES": "8", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+EIGHT = {"CPU_NUM_DEVICES": "8", **QUICK}
 STEPS = 50
 # An even vocabulary, so that tensor can cut it; 25 steps of warm-up keep the losses' differences from growing.
 FLAGS = [
@@ -58,7 +59,7 @@ def all_losses(run_dir):
 def one_process(tmp_path_factory, text_data):
     """The run of one torch process on the CPU."""
     folder = tmp_path_factory.mktemp("one_process") / "run"
-    run(*TRAIN, *FLAGS, *data_flags(text_data), "--device", "cpu", "--checkpoints-dir", folder)
+    said_here(run_pretrain.main, *FLAGS, *data_flags(text_data), "--device", "cpu", "--checkpoints-dir", folder)
     assert len(all_losses(folder)) == LOSSES
     return folder
 
@@ -115,10 +116,13 @@ def test_a_signal_saves_and_resume_is_bit_for_bit(tmp_path, text_data, eight_dev
 
 
 @pytest.mark.xla
-@pytest.mark.parametrize("command", [[*TRAIN, "--device", "cpu"], [*TRAIN_XLA, "--sharding", "none"]])
-def test_other_runtimes_continue_a_sharded_checkpoint(command, tmp_path, eight_devices, one_process):
+@pytest.mark.parametrize("runtime", ["torch", "xla"])
+def test_other_runtimes_continue_a_sharded_checkpoint(runtime, tmp_path, eight_devices, one_process):
     shutil.copytree(eight_devices[0] / "step-00000025", tmp_path / "step-00000025")
-    run(*command, "--checkpoints-dir", tmp_path, XLA_FLAGS=EIGHT["XLA_FLAGS"])
+    if runtime == "torch":
+        said_here(run_pretrain.main, "--device", "cpu", "--checkpoints-dir", tmp_path)
+    else:
+        run(*TRAIN_XLA, "--sharding", "none", "--checkpoints-dir", tmp_path, **QUICK)
     assert losses(tmp_path) == pytest.approx(losses(one_process)[25:], abs=TOLERANCE)
 
 
