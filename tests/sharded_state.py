@@ -79,7 +79,7 @@ def main(rank, folder):
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             assert torch.equal(whole, optimizer[name]), (size, name)
         if rank == 0:
-            print(size, "equal", flush=True)
+            print(f"{size} equal\n", end="", flush=True)  # at once: the others may write into the same pipe
     dist.barrier()
     dist.destroy_process_group()
 

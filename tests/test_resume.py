@@ -132,7 +132,7 @@ def test_a_checkpoint_goes_from_any_number_of_processes_to_any(kind, tmp_path, t
     for hop, (command, step) in enumerate(hops):
         saved, target = f"step-{step:08d}", f"hop{hop}"
         shutil.copytree(tmp_path / source / saved, tmp_path / target / saved)
-        run(*command, "--checkpoints-dir", tmp_path / target)
+        run(*command, "--checkpoints-dir", tmp_path / target, **QUICK)
         assert losses(tmp_path / target) == pytest.approx(expected[step:], abs=1e-5)
         source = target
 
@@ -154,7 +154,7 @@ def test_do_test_prints_the_validation_loss_of_the_checkpoint(uninterrupted):
 @pytest.mark.xla
 def test_xla_replicas_stop_at_one_step_and_leave_no_child(tmp_path, text_data):
     command = [*xla_replicas(2), *TINY, *data_flags(text_data), "--train-steps", "9000", "--checkpoints-dir", tmp_path]
-    process = start(*command)
+    process = start(*command, **QUICK)
     wait_for_step(process, tmp_path, 5)
     children = replica_processes(process.pid)
     process.terminate()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from commands import (
     PYTHON,
+    QUICK,
     ROOT,
     TINY,
     TRAIN_XLA,
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.xla
 
 @pytest.fixture(scope="module")
 def counted(text_data):
-    output = run(*PYTHON, str(ROOT / "tests" / "xla_step_counters.py"), str(text_data))
+    output = run(*PYTHON, str(ROOT / "tests" / "xla_step_counters.py"), str(text_data), **QUICK)
     return printed_json(output)
 
 
