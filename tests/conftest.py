@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.manifest import Manifest, ShardEntry
@@ -18,6 +19,11 @@ from gpt2_xla.data.shards import write_shard
 from gpt2_xla.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# The same examples in every run, so that only a change of the code turns a test red, however slow the machine is.
+# `--hypothesis-profile default` draws new ones.
+settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from ascii_run import MODEL, make_run
+from commands import PATIENCE
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -84,7 +85,7 @@ def test_transformers_loads_an_exported_run_without_a_network(changes, architect
     run_dir = make_run(tmp_path / "run", model_config, valid_loss=2.5)
     out = tmp_path / "models" / "mine"
     command = [sys.executable, str(ROOT / "scripts" / "export_hf.py"), str(run_dir), str(out)]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     assert f"exported to {out}" in result.stdout
     assert sorted(path.name for path in out.iterdir()) == [
@@ -98,7 +99,7 @@ def test_transformers_loads_an_exported_run_without_a_network(changes, architect
     assert json.loads((out / "config.json").read_text())["architectures"] == [architecture]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-c", LOADS, str(out)]
-    loaded = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    loaded = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert loaded.returncode == 0, loaded.stderr
     ids, logits, text, eos, decoded, *ends = json.loads(loaded.stdout.splitlines()[-1])
     assert ids == list("Once, né\n  upon".encode())
