@@ -30,6 +30,7 @@ from gpt2_xla import checkpoint_parts, hf, shares, vocabulary_padding
 from gpt2_xla.cli import from_dict
 from gpt2_xla.config import ModelConfig
 from gpt2_xla.errors import UserError
+from gpt2_xla.open_window import is_number, is_open_window
 from gpt2_xla.shares import Share, by_name, put_together, share_files, whole_shape
 from gpt2_xla.tensor_files import Entry, read_tensors
 
@@ -71,6 +72,7 @@ class TrainerState:
     scaler: dict[str, Any] | None = None  # fp16's gradient scaler
     wandb_id: str | None = None
     recent_losses: list[float] = field(default_factory=list)  # mean losses of the last log windows, nats per token
+    open_window: dict[str, Any] = field(default_factory=dict)  # the fields of an OpenWindow
     versions: dict[str, str] = field(default_factory=_versions)
 
 
@@ -242,6 +244,10 @@ def read_state(path: Path) -> TrainerState:
             mistakes.append(f"{path / STATE}: {name!r} is {str(value)[:40]}; expected 0 or more, below 2^62")
         elif isinstance(value, float) and not math.isfinite(value):
             mistakes.append(f"{path / STATE}: {name!r} is {value}; expected a number")
+        elif name == "recent_losses" and not all(map(is_number, value)):
+            mistakes.append(f"{path / STATE}: {name!r} is {str(value)[:40]}; expected numbers")
+        elif name == "open_window" and not is_open_window(value):
+            mistakes.append(f"{path / STATE}: {name!r} is {str(value)[:40]}; expected the sums of a log window")
     if mistakes:
         raise UserError(sorted(mistakes))
     return TrainerState(**{name: saved[name] for name in hints if name in saved})

@@ -150,7 +150,7 @@ def parse(
     """
     found: list[str] = []
     parser = parser_for(config_type, description, prog)
-    owners = {flag.name: name for name, other in others.items() for flag in flags_of(other)}
+    owners = {flag.name: name for name, other in reversed(list(others.items())) for flag in flags_of(other)}
     raw = vars(_parse_tokens(parser, argv, found, owners))
     values: dict[str, Any] = {}
     if "recipe" in raw:

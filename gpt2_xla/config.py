@@ -393,3 +393,6 @@ def to_dict(config: Any) -> dict[str, Any]:
         name: list(v) if isinstance(v, tuple) else to_dict(v) if dataclasses.is_dataclass(v) else v
         for name, v in vars(config).items()
     }
+
+
+ENTRY_POINTS = {"run_pretrain.py": TorchPretrainConfig, "run_pretrain_xla.py": XlaPretrainConfig}

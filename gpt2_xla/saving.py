@@ -16,6 +16,7 @@ from gpt2_xla.checkpoint_files import save_number
 from gpt2_xla.config import PretrainConfig, to_dict
 from gpt2_xla.data.pretraining import TOKENIZER_FOLDER
 from gpt2_xla.errors import UserError
+from gpt2_xla.open_window import OpenWindow
 from gpt2_xla.remote_store import StoreError
 from gpt2_xla.shares import Share
 from gpt2_xla.uploads import Uploads
@@ -183,6 +184,7 @@ def trainer_state(run: "Run", valid_loss: float | None) -> checkpoint.TrainerSta
         scaler=run.runtime.scaler_state(),
         wandb_id=run.metrics.wandb_id,
         recent_losses=run.recent_losses,
+        open_window=run.open_window.saved(),
     )
 
 
@@ -200,6 +202,7 @@ def restore(run: "Run", source: Path) -> str | None:
     run.step, run.samples, run.saved_step = state.step, state.samples, state.step
     run.validated = state.valid_loss is not None
     run.recent_losses = state.recent_losses
+    run.open_window = OpenWindow(**state.open_window)
     run.best_valid_loss = state.best_valid_loss if state.best_valid_loss is not None else math.inf
     same_folder = source.parent.resolve() == Path(run.config.run.checkpoints_dir).resolve()
     return state.wandb_id if same_folder else None  # a branch is a run of its own

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from gpt2_xla import checkpoint, cli, pretrained
-from gpt2_xla.config import DataConfig, PretrainConfig, RunConfig, TorchConfig, TorchPretrainConfig, XlaPretrainConfig
+from gpt2_xla.config import ENTRY_POINTS, DataConfig, PretrainConfig, RunConfig, TorchConfig
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.manifest import Manifest
 from gpt2_xla.data.train_dirs import parse_train_dirs
@@ -22,7 +22,6 @@ from gpt2_xla.saved_options import with_origin
 from gpt2_xla.validation import config_mistakes
 
 Config = TypeVar("Config", bound=PretrainConfig)
-ENTRY_POINTS = {"run_pretrain.py": TorchPretrainConfig, "run_pretrain_xla.py": XlaPretrainConfig}
 ASKED_ANEW = {"profile_steps": None, "resume": "auto"}  # saved options that a resume does not take over
 
 

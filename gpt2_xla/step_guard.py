@@ -111,7 +111,7 @@ class StepGuard:
         run.ledger.rollback(step, window.samples, {"spike_step": window.step, "loss": window.loss})
         restore(run, folder / f"step-{step:08d}")
         skipped, run.samples = window.samples - run.samples, window.samples
-        self._log.restart()
+        self._log.restart(run.open_window)
         self._watch.worked("going back", step)
         run.metrics.write(
             {"kind": "rollback", "step": window.step, "loss": window.loss, "to_step": step, "skipped_samples": skipped}

@@ -19,6 +19,7 @@ from gpt2_xla.ledger import Ledger, open_ledger
 from gpt2_xla.loading import load
 from gpt2_xla.metrics import Metrics, open_metrics
 from gpt2_xla.model import GPT, build_model, flops_per_token, parameter_count
+from gpt2_xla.open_window import OpenWindow
 from gpt2_xla.profiling import StepProfile
 from gpt2_xla.run_folder import own_run_folder
 from gpt2_xla.runtime.base import Runtime
@@ -51,6 +52,7 @@ class Run:
     validated: bool = False  # at this step
     best_valid_loss: float = math.inf
     recent_losses: list[float] = field(default_factory=list)  # mean losses of the last log windows, for --spike-factor
+    open_window: OpenWindow = OpenWindow()  # the steps since the last log step, at the last pause of training
     phases: Phases = field(default_factory=Unwatched)
     sample_prompt: SamplePrompt | None = None  # what samples continue, if there are any
     saver: Saver = field(init=False)
@@ -149,7 +151,7 @@ def train(run: Run) -> None:
         return
     assert run.data.train is not None
     flops = flops_per_token(config.model)
-    log = TrainingLog(config, runtime, run.metrics, flops, run.data.train.epochs)
+    log = TrainingLog(config, runtime, run.metrics, flops, run.data.train.epochs, run.open_window)
     profile = StepProfile(config, runtime, log, run.metrics)
     guard = StepGuard(run, log, watch)
     samples = open_samples(run, log, watch)
@@ -182,7 +184,7 @@ def train(run: Run) -> None:
             samples.after_step(run.step)
             validate_now, save_now = _validation_due(run), _due(config.run.save_interval, run.step, total_steps)
             if validate_now or save_now:
-                log.pause()
+                run.open_window = log.pause()
             if guard.rolled_back(run.step if validate_now or save_now else run.step - 1):
                 batches.close()
                 batches = _batches(run)
@@ -197,7 +199,7 @@ def train(run: Run) -> None:
     finally:
         batches.close()
         profile.close()
-    log.pause()
+    run.open_window = log.pause()
     if stopped and guard.verdict is None:
         guard.rolled_back(run.step)  # the last window too: what spiked shall not be saved as good
     run.metrics.say(f"trained on {epochs_text(run.data.train.epochs(run.samples))}")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gpt2_xla.config import PretrainConfig
 from gpt2_xla.metrics import Metrics
+from gpt2_xla.open_window import OpenWindow
 from gpt2_xla.optim import not_finite
 from gpt2_xla.runtime.base import Runtime
 from gpt2_xla.schedule import learning_rate
@@ -34,6 +35,7 @@ class _Pending:
 
     step: int  # the window's last step
     steps: int
+    timed: int  # of these, those that this process has made
     samples: int  # sequences consumed by then
     arrival: Future[tuple[list[float], float]]  # the sums, and when they were there, by time.perf_counter()
     input_wait: float  # seconds
@@ -49,17 +51,25 @@ class TrainingLog:
         metrics: Metrics,
         flops_per_token: float,
         epochs: Callable[[int], dict[str, float]],  # of each source, after that many samples
+        begun: OpenWindow,
     ) -> None:
         self._config, self._runtime, self._metrics = config, runtime, metrics
         self._flops_per_token = flops_per_token
         self._epochs = epochs
         # Copied, not computed, and never written to: a sum that starts from it is one and the same graph every time.
         self._zero = torch.zeros(3).to(runtime.device)
-        self._sums, self._steps, self._input_wait = self._zero, 0, 0.0  # sums of loss, gradient norm, steps skipped
-        self._none_skipped = torch.zeros(1).to(runtime.device)
-        self._skipped_in_a_row = self._none_skipped
-        self._report = self._zero
         self._reader = ThreadPoolExecutor(1, "log reader")
+        self.restart(begun)
+
+    def restart(self, begun: OpenWindow) -> None:
+        """Forget all steps since the last window, and go on with the window `begun`: the run goes on elsewhere."""
+        self._open = begun
+        # Copied, like `_zero`: the first step's graph is that of the others.
+        sums = [begun.loss, begun.grad_norm, begun.skipped]
+        self._sums = torch.tensor(sums).to(self._runtime.device)
+        self._skipped_in_a_row = torch.tensor([begun.skipped_in_a_row]).to(self._runtime.device)
+        self._steps, self._timed = begun.steps, 0  # of the window; those of them that this process has made
+        self._input_wait = 0.0  # seconds
         self._pending: _Pending | None = None
         self._read: list[Window] = []
         self._started = time.perf_counter()
@@ -82,14 +92,14 @@ class TrainingLog:
     def step_done(self, step: int, samples: int) -> None:
         """Call when optimizer step number `step` (counted from 1) has been launched, `samples` sequences into the run."""
         self._write_pending()
-        self._steps += 1
+        self._steps, self._timed = self._steps + 1, self._timed + 1
         self._metrics.advance(step)
         if step % self._config.logging.log_interval == 0 or step == self._config.run.train_steps:
             read = self._runtime.fetch_later(self._report)
             # A thread waits for them, and so knows when the last step's work was done: this one is launching the next by then.
             arrival = self._reader.submit(lambda: (read(), time.perf_counter()))
-            self._pending = _Pending(step, self._steps, samples, arrival, self._input_wait)
-            self._sums, self._steps, self._input_wait = self._zero, 0, 0.0
+            self._pending = _Pending(step, self._steps, self._timed, samples, arrival, self._input_wait)
+            self._sums, self._steps, self._timed, self._input_wait = self._zero, 0, 0, 0.0
 
     def windows(self, last_step: int) -> list[Window]:
         """The windows that ended by `last_step` and were not asked for yet.
@@ -101,19 +111,13 @@ class TrainingLog:
         self._read = self._read[len(found) :]
         return found
 
-    def restart(self) -> None:
-        """Forget all steps since the last window: the run goes on elsewhere."""
-        self._sums, self._steps, self._input_wait = self._zero, 0, 0.0
-        self._skipped_in_a_row = self._none_skipped
-        self._pending, self._read = None, []
-        self._started = time.perf_counter()
-
-    def pause(self) -> None:
-        """Write what is pending, before work that is no training (validation, saving)."""
+    def pause(self) -> OpenWindow:
+        """Write what is pending, before work that is no training (validation, saving); the steps since the last window."""
         self._write_pending()
-        if self._steps:  # wait for steps since the last window: they are no part of the pause
-            self._runtime.fetch_later(self._report)()
+        if self._timed:  # wait for steps since the last window: they are no part of the pause
+            self._open = OpenWindow(self._steps, *self._runtime.fetch_later(self._report)())
         self._paused = time.perf_counter()
+        return self._open
 
     def resume(self) -> None:
         """Take the time since pause() out of the speed."""
@@ -127,10 +131,11 @@ class TrainingLog:
         good = window.steps - int(skipped)
         loss, norm = (loss / good, norm / good) if good else (math.nan, math.nan)
         self._read.append(Window(window.step, window.steps, window.samples, loss, int(skipped), int(in_a_row)))
+        self._open = OpenWindow(skipped_in_a_row=in_a_row)
         seconds, self._started = ended - self._started, ended
         config = self._config
         sizes = config.batch_sizes
-        sequences = sizes.before(window.step) - sizes.before(window.step - window.steps)
+        sequences = sizes.before(window.step) - sizes.before(window.step - window.timed)
         tokens_per_second = sequences * config.model.seq_length / seconds
         peak = self._runtime.peak_flops()
         compiles = self._runtime.compile_stats()
@@ -144,7 +149,7 @@ class TrainingLog:
                 "learning_rate": learning_rate(window.step - 1, config.optim, config.run.train_steps),
                 "tokens": window.samples * config.model.seq_length,
                 "tokens_per_second": tokens_per_second,
-                "step_seconds": seconds / window.steps,
+                "step_seconds": seconds / window.timed,
                 "input_wait": window.input_wait / seconds,
                 "mfu": tokens_per_second * self._flops_per_token / peak if peak else None,
                 "compiles": compiles.count,

@@ -7,6 +7,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpt2_xla.bench_config import BenchConfig
 from gpt2_xla.cli import parse
+from gpt2_xla.config import ENTRY_POINTS
 from gpt2_xla.errors import run_main
 
 
@@ -17,7 +18,7 @@ def main() -> None:
         "processes; and the parts of our step. Takes model, optimizer and runtime flags of run_pretrain.py."
     )
     mistakes: list[str] = []
-    parsed = parse(BenchConfig, sys.argv[1:], description, mistakes=mistakes)
+    parsed = parse(BenchConfig, sys.argv[1:], description, mistakes=mistakes, others=ENTRY_POINTS)
     from gpt2_xla.bench.command import bench
 
     bench(parsed, mistakes)

@@ -6,6 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpt2_xla.cli import parse
+from gpt2_xla.config import ENTRY_POINTS
 from gpt2_xla.errors import run_main
 from gpt2_xla.script_config import PlanConfig
 
@@ -17,7 +18,7 @@ def main() -> int:
         "bounds on its speed. Takes the flags of run_pretrain_xla.py."
     )
     mistakes: list[str] = []
-    parsed = parse(PlanConfig, sys.argv[1:], description, mistakes=mistakes)
+    parsed = parse(PlanConfig, sys.argv[1:], description, mistakes=mistakes, others=ENTRY_POINTS)
     from gpt2_xla.tpu_plan.command import plan_tpu
 
     return plan_tpu(parsed, mistakes)

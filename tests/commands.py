@@ -22,6 +22,9 @@ TINY = shlex.split(
     "--valid-interval 0 --save-interval 0"
 )
 
+# For programs of XLA that run a few times: it shall not take long to make them fast.
+QUICK_XLA = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
 PYTHON = (sys.executable,)
 TRAIN = (*PYTHON, str(ROOT / "run_pretrain.py"))
 TRAIN_XLA = (*PYTHON, str(ROOT / "run_pretrain_xla.py"))
@@ -143,10 +146,17 @@ def _of_process(pid: int, file: str) -> bytes:
 
 def is_alive(pid: int) -> bool:
     """Whether the process still runs (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    return _state(pid) not in "ZX"
+
+
+def is_asleep(pid: int) -> bool:
+    """Whether the process's first thread waits for something; for a core does not count."""
+    return _state(pid) == "S"
+
+
+def _state(pid: int) -> str:
+    """A letter, as proc(5) lists them; X when the process is gone."""
+    return _of_process(pid, "stat").decode(errors="replace").rpartition(")")[2].strip()[:1] or "X"
 
 
 def still_alive(pids: Iterable[int], timeout: float = 60) -> list[int]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from gpt2_xla.data.shards import write_shard
 from gpt2_xla.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# A suite that a script starts in the background ignores Ctrl-C, and would have all that it starts ignore it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run, so that only a change of the code turns a test red, however slow the machine is.
 # `--hypothesis-profile default` draws new ones.

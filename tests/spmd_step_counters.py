@@ -18,6 +18,7 @@ from gpt2_xla import optim
 from gpt2_xla.config import DataConfig, ModelConfig, OptimConfig, RunConfig, XlaConfig, XlaPretrainConfig
 from gpt2_xla.data.pretraining import PretrainingData
 from gpt2_xla.model import build_model
+from gpt2_xla.open_window import OpenWindow
 from gpt2_xla.runtime.xla_shards import put_together, shard_bytes, tiles
 from gpt2_xla.runtime.xla_spmd_runtime import XlaSpmdRuntime
 from gpt2_xla.shares import by_name
@@ -48,7 +49,7 @@ def main(data_dir, mesh):
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     data = PretrainingData.open(config, runtime.rank, runtime.world_size)
     run = Run(config, runtime, data, model, runtime.place(model), runtime.build_optimizer(model, config.optim))
-    log = TrainingLog(config, runtime, run.metrics, 1.0, data.train.epochs)
+    log = TrainingLog(config, runtime, run.metrics, 1.0, data.train.epochs, OpenWindow())
     batches = runtime.batches(data.training(0, 100), rows_dim=1)
 
     def steps(count):

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from commands import PYTHON, ROOT, finish, run, start
+from commands import PYTHON, QUICK_XLA, ROOT, finish, run, start
 from torch.autograd.profiler_util import FunctionEvent
 
 from gpt2_xla.bench.breakdown import MARK, PARTS, parts
@@ -195,7 +195,7 @@ def test_more_processes_are_held_against_one():
 
 @pytest.mark.xla
 def test_xla_loops_share_a_process():
-    (rows,) = tables(run(*BENCH, *TINY, "--runtimes", "xla", "--against", "bare"))
+    (rows,) = tables(run(*BENCH, *TINY, "--runtimes", "xla", "--against", "bare", **QUICK_XLA))
     assert list(rows) == ["ours", "bare torch_xla"]
     assert rows["ours"]["machine"].startswith("1 × XLA CPU")
     assert int(rows["ours"]["compiles"]) > 0

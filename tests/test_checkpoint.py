@@ -180,6 +180,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, harm
         ({"config": []}, "'config' is"),
         ({"valid_loss": "low"}, "'valid_loss' is 'low'; expected float"),
         ({"scaler": 3}, "'scaler' is"),
+        ({"recent_losses": [2.5, "low"]}, "'recent_losses' is .*; expected numbers"),
+        ({"open_window": {"steps": 1, "loss": "low"}}, "'open_window' is .*; expected the sums of a log window"),
+        ({"open_window": {"steps": 1.5}}, "'open_window' is"),
+        ({"open_window": {"stops": 1}}, "'open_window' is"),
+        ({"open_window": [1]}, "'open_window' is .*; expected dict"),
     ],
 )
 def test_odd_values_in_the_state_are_named(tmp_path, changes, says):

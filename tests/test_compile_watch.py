@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from commands import PYTHON, ROOT, TINY, data_flags, finish, records, start
+from commands import PYTHON, QUICK_XLA, ROOT, TINY, data_flags, finish, records, start
 
 from gpt2_xla.runtime.base import CompileStats
 from gpt2_xla.runtime.compile_watch import CompileWatch
@@ -88,7 +88,8 @@ def test_the_summary_says_that_it_counts_more_than_training(runtime):
 def test_a_changing_shape_saves_and_stops_the_run(tmp_path, text_data):
     flags = [*TINY, *data_flags(text_data), "--train-steps", "50", "--checkpoints-dir", tmp_path / "run"]
     script = ROOT / "tests" / "xla_changing_shape.py"
-    process = start(*PYTHON, script, *flags, "--max-recompiles", "0", "--compile-cache", tmp_path / "cache")
+    limits = ("--max-recompiles", "0", "--compile-cache", tmp_path / "cache")
+    process = start(*PYTHON, script, *flags, *limits, **QUICK_XLA)
     output = finish(process)
     assert process.returncode == 2, output
     assert "Traceback" not in output

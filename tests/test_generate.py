@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from ascii_run import MODEL, make_run
-from commands import PATIENCE
+from commands import PATIENCE, is_asleep, wait_until
 
 from generate import main as generate_main
 from gpt2_xla import checkpoint, generation
@@ -64,7 +64,11 @@ def test_ctrl_c_ends_without_a_traceback(run_dir, interactive):
     with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes) as process:
         try:
             assert process.stdout.read(1)  # it has started to write: it is at the prompt, or generating
+            if interactive:  # what comes just before the read of a line, Python sees after it
+                wait_until(process, lambda: is_asleep(process.pid))
             process.send_signal(signal.SIGINT)
+            if interactive:
+                process.wait(PATIENCE)  # before its input is closed, which would end it too
             _, errors = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()

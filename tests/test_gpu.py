@@ -9,6 +9,7 @@ from commands import TINY, TRAIN, data_flags, finish, losses, records, run, star
 from gpt2_xla.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TorchConfig, TorchPretrainConfig
 from gpt2_xla.data.pretraining import PretrainingData
 from gpt2_xla.model import build_model
+from gpt2_xla.open_window import OpenWindow
 from gpt2_xla.runtime.fp8 import float8_mistakes
 from gpt2_xla.runtime.torch_runtime import TorchRuntime
 from gpt2_xla.train import Run, train_step
@@ -79,7 +80,7 @@ def test_a_step_never_waits_for_the_device(precision, text_data, tmp_path):
     model = build_model(config.model, 64, 1)
     data = PretrainingData.open(config, 0, 1)
     training = Run(config, runtime, data, model, runtime.place(model), runtime.build_optimizer(model, config.optim))
-    log = TrainingLog(config, runtime, training.metrics, 1.0, data.train.epochs)
+    log = TrainingLog(config, runtime, training.metrics, 1.0, data.train.epochs, OpenWindow())
     batches = runtime.batches(data.training(0, 40), rows_dim=1)
     for step in range(40):
         if step == 5:

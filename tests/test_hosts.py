@@ -12,7 +12,6 @@ import pytest
 import torch
 from commands import (
     PATIENCE,
-    PYTHON,
     ROOT,
     TINY,
     TRAIN,
@@ -267,7 +266,6 @@ def test_a_backend_of_every_build_is_fine(wanted, device):
     assert backend_mistakes(wanted, device) == []
 
 
-def test_a_backend_that_nobody_has_is_refused(text_data):
-    process = start(*PYTHON, ROOT / "run_pretrain.py", *TINY, *data_flags(text_data), "--ddp-backend", "mpi")
-    assert "error: --ddp-backend mpi is not one of auto, gloo, nccl" in finish(process)
-    assert process.returncode == 2
+def test_a_backend_that_nobody_has_is_refused(text_data, monkeypatch, capsys):
+    assert run_here(monkeypatch, run_pretrain.main, *TINY, *data_flags(text_data), "--ddp-backend", "mpi") == 2
+    assert "error: --ddp-backend mpi is not one of auto, gloo, nccl" in capsys.readouterr().err

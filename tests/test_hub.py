@@ -62,6 +62,7 @@ def run(out: Path, home: Path, endpoint: str, *arguments: str) -> subprocess.Com
     ]
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     environment |= {"NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
+    environment |= {"HF_HUB_ETAG_TIMEOUT": "300", "HF_HUB_DOWNLOAD_TIMEOUT": "300"}  # for its answers, on shared cores
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 

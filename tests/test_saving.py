@@ -19,6 +19,7 @@ from gpt2_xla.checkpoint import SaveError
 from gpt2_xla.config import ModelConfig, OptimConfig, PretrainConfig, RunConfig, TorchConfig
 from gpt2_xla.ledger import Ledger
 from gpt2_xla.model import GPT
+from gpt2_xla.open_window import OpenWindow
 from gpt2_xla.optim import build_torch_optimizer, named_state, prime_state
 from gpt2_xla.runtime.torch_runtime import TorchRuntime
 from gpt2_xla.saving import Saver, restore
@@ -50,7 +51,7 @@ def small_run(folder: Path, step: int = 1, seed: int = 0, keep: int = 3, **optio
     return SimpleNamespace(
         config=config, runtime=runtime, model=model, optimizer=optimizer, data=Data(), step=step, samples=8 * step,
         saved_step=0, best_valid_loss=float("inf"), metrics=SimpleNamespace(wandb_id=None), phases=Unwatched(),
-        ledger=Ledger(), recent_losses=[],
+        ledger=Ledger(), recent_losses=[], open_window=OpenWindow(),
         saver=Saver(config, 0, 1),
     )  # fmt: skip
 

@@ -11,6 +11,8 @@ import torch
 from commands import QUICK, TINY, finish, records, run, start, torchrun, xla_replicas
 from conftest import write_split
 from flaky_store import FlakyStore
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from small_runs import run_here
 
@@ -18,6 +20,7 @@ import run_pretrain
 from gpt2_xla import checkpoint, step_guard
 from gpt2_xla.config import LoggingConfig, PretrainConfig, RunConfig, TorchConfig
 from gpt2_xla.metrics import Metrics
+from gpt2_xla.open_window import OpenWindow, is_open_window
 from gpt2_xla.run_verification import verify_run
 from gpt2_xla.runtime.torch_runtime import TorchRuntime
 from gpt2_xla.script_config import VerifyRunConfig
@@ -26,6 +29,7 @@ from gpt2_xla.training_log import TrainingLog
 from gpt2_xla.uploads import Uploads
 
 STEP = 8 * 32  # tokens
+VALUES = st.floats(0, 1e6, width=32) | st.sampled_from([math.nan, math.inf])  # a loss, a gradient norm
 # Read in order; a window is 2 steps; steps 17 and 18 read noise.
 SPIKY = [*TINY, "--warmup-steps", "0", "--learning-rate", "1e-2", "--train-steps", "24", "--log-interval", "2"]
 SPIKY += ["--save-interval", "4", "--no-shuffle", "--spike-factor", "1.2"]
@@ -66,7 +70,7 @@ def test_a_window_is_the_mean_of_its_good_steps_and_counts_the_others():
     metrics.write = written.append
     config = PretrainConfig(run=RunConfig(train_steps=9), logging=LoggingConfig(log_interval=3))
     runtime = TorchRuntime(TorchConfig(device="cpu", mixed_precision="no"))
-    log = TrainingLog(config, runtime, metrics, 1.0, lambda _: {})
+    log = TrainingLog(config, runtime, metrics, 1.0, lambda _: {}, OpenWindow())
     nan, inf = math.nan, math.inf
     steps = [(1.0, 2.0), (nan, 2.0), (3.0, 4.0), (1.0, inf), (nan, nan), (inf, 1.0), (nan, 1.0), (5.0, 6.0), (nan, nan)]
     for step, values in enumerate(steps, start=1):
@@ -81,6 +85,34 @@ def test_a_window_is_the_mean_of_its_good_steps_and_counts_the_others():
     assert [record["skipped_steps"] for record in written] == [1, 3, 2]
     assert (written[0]["loss"], written[0]["grad_norm"]) == (2.0, 3.0)
     assert log.windows(9) == []
+
+
+@given(
+    steps=st.lists(st.tuples(VALUES, VALUES), min_size=1, max_size=12),
+    interval=st.integers(1, 5),
+    stops=st.sets(st.integers(1, 12)),
+)
+@settings(deadline=None)
+def test_a_log_that_goes_on_from_a_checkpoint_tells_what_one_that_never_stopped_does(steps, interval, stops):
+    config = PretrainConfig(run=RunConfig(train_steps=len(steps)), logging=LoggingConfig(log_interval=interval))
+    runtime = TorchRuntime(TorchConfig(device="cpu", mixed_precision="no"))
+
+    def train(stops: set[int]) -> tuple[list[str], list[str]]:
+        written, windows, metrics = [], [], Metrics([])
+        metrics.write = written.append
+        log = TrainingLog(config, runtime, metrics, 1.0, lambda _: {}, OpenWindow())
+        for step, values in enumerate(steps, start=1):
+            log.add(torch.tensor(values))
+            log.step_done(step, step * 10)
+            if step in stops or step == len(steps):
+                saved = json.loads(json.dumps(log.pause().saved()))
+                assert is_open_window(saved)
+                windows += log.windows(step)
+                log = TrainingLog(config, runtime, metrics, 1.0, lambda _: {}, OpenWindow(**saved))
+        told = ("step", "loss", "grad_norm", "skipped_steps", "tokens")
+        return [repr([record[name] for name in told]) for record in written], [repr(window) for window in windows]
+
+    assert train(stops) == train(set())
 
 
 def test_after_so_many_skipped_steps_the_run_saves_shows_the_batches_and_stops(train, text_data, tmp_path):

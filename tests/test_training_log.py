@@ -8,6 +8,7 @@ import torch
 from gpt2_xla import training_log
 from gpt2_xla.config import DataConfig, LoggingConfig, PretrainConfig, RunConfig
 from gpt2_xla.metrics import Metrics
+from gpt2_xla.open_window import OpenWindow
 from gpt2_xla.runtime.base import CompileStats
 
 STEP, HOST = 0.100, 0.004  # seconds of a step's work, and of launching it
@@ -76,7 +77,7 @@ def test_every_window_is_told_the_speed_of_its_own_steps(kind, pause_every, monk
         logging=LoggingConfig(log_interval=5),
     )
     sink = SimpleNamespace(write=written.append, advance=lambda step: None)
-    log = training_log.TrainingLog(config, machine, Metrics([sink]), 1.0, lambda samples: {})
+    log = training_log.TrainingLog(config, machine, Metrics([sink]), 1.0, lambda samples: {}, OpenWindow())
     for step in range(1, 24):
         machine.launch()
         log.add(torch.ones(2))

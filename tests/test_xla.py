@@ -31,32 +31,32 @@ def counted(text_data):
 
 
 def test_a_step_is_one_execution_without_compiling_or_fetching(counted):
-    # Of 200 steps; the loss is fetched in the step after each tenth, validation and saving follow steps of their own.
+    # Of 100 steps; the loss is fetched in the step after each tenth, validation and saving follow steps of their own.
     plain = [step for number, step in enumerate(counted["steps"], start=1) if number % 10 not in (0, 1)]
-    assert len(plain) == 160
+    assert len(plain) == 80
     assert all(step == [0, 1, 0] for step in plain)
     logged = [step for number, step in enumerate(counted["steps"], start=1) if number % 10 == 1 and number > 1]
-    assert [step[:2] for step in logged] == [[0, 1]] * 19
-    assert sum(step[2] for step in logged) <= 19
+    assert [step[:2] for step in logged] == [[0, 1]] * 9
+    assert sum(step[2] for step in logged) <= 9
 
 
 def test_only_the_first_step_validation_and_sample_compile(counted):
     assert counted["placing"][0] == 1  # Adam's zeros
     assert counted["first_validation"][0] == 1
     # Samples follow each thirtieth step: two programs, one that reads the prompt and one that adds a token.
-    assert [step[0] for step in counted["steps"]] == [1] + [0] * 28 + [2] + [0] * 170
+    assert [step[0] for step in counted["steps"]] == [1] + [0] * 28 + [2] + [0] * 70
 
 
 def test_a_token_of_a_sample_is_one_execution_and_one_fetch(counted):
-    sampled = [step[1:] for number, step in enumerate(counted["steps"], start=1) if number in (30, 60, 90, 180)]
-    assert sampled == [[1 + 12, 1 + 12]] * 4  # the step's own and the log's; 12 tokens
+    sampled = [step[1:] for number, step in enumerate(counted["steps"], start=1) if number in (30, 60, 90)]
+    assert sampled == [[1 + 12, 1 + 12]] * 3  # the step's own and the log's; 12 tokens
 
 
 def test_a_step_with_nan_gradients_or_a_nan_loss_is_skipped_on_the_device(counted):
     assert counted["nan_step_skipped"]
     assert counted["nan_loss_skipped"]
     assert counted["state_finite"]
-    assert counted["optimizer_steps"] == 200
+    assert counted["optimizer_steps"] == 100
 
 
 def test_torchs_own_adam_skips_the_same_steps_on_the_device(counted):

@@ -20,7 +20,7 @@ from gpt2_xla.runtime.replica_board import ReplicaBoard
 from gpt2_xla.runtime.xla_runtime import XlaRuntime
 from gpt2_xla.train import start_run, train
 
-STEPS = 200
+STEPS = 100
 
 
 class CountingRuntime(XlaRuntime):
