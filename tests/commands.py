@@ -30,10 +30,6 @@ TRAIN = (*PYTHON, str(ROOT / "run_pretrain.py"))
 TRAIN_XLA = (*PYTHON, str(ROOT / "run_pretrain_xla.py"))
 
 
-# XLA compiles for the CPU in half the time where LLVM does not optimize.
-QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-
-
 def torchrun(processes: int, program: str = TRAIN[-1]) -> tuple[str, ...]:
     """The command line of run_pretrain.py, or another program, under torchrun."""
     return (*PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", program)

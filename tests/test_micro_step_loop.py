@@ -1,14 +1,14 @@
 """All micro-steps of a step are one XLA loop: equal to eager micro-steps, with dropout masks of their own."""
 
 import pytest
-from commands import PYTHON, QUICK, ROOT, printed_json, run
+from commands import PYTHON, QUICK_XLA, ROOT, printed_json, run
 
 pytestmark = pytest.mark.xla
 
 
 @pytest.fixture(scope="module")
 def found():
-    return printed_json(run(*PYTHON, str(ROOT / "tests" / "xla_micro_steps.py"), **QUICK))
+    return printed_json(run(*PYTHON, str(ROOT / "tests" / "xla_micro_steps.py"), **QUICK_XLA))
 
 
 def test_loss_and_gradients_equal_eager_micro_steps(found):

@@ -1,7 +1,7 @@
 """A modern model (RoPE, RMSNorm, QK-norm, SwiGLU, grouped heads, no biases) has the same losses on every runtime."""
 
 import pytest
-from commands import QUICK, TINY, TRAIN_XLA, data_flags, losses, records, run, xla_replicas
+from commands import QUICK_XLA, TINY, TRAIN_XLA, data_flags, losses, records, run, xla_replicas
 from small_runs import run_here
 
 import run_pretrain
@@ -66,7 +66,7 @@ def test_recomputing_activations_changes_no_loss(lever, tmp_path, text_data, ref
 )
 def test_xla_has_the_losses_of_torch(command, flags, environment, tmp_path, text_data, reference):
     arguments = [*FLAGS, *data_flags(text_data), "--checkpoints-dir", tmp_path, *flags]
-    output = run(*command, *arguments, **QUICK, **environment)
+    output = run(*command, *arguments, **QUICK_XLA, **environment)
     assert all_losses(tmp_path) == pytest.approx(reference, abs=TOLERANCE)
     assert "exports to  Qwen3ForCausalLM" in output
     compiles = [record["compiles"] for record in records(tmp_path)]

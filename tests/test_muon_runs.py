@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from commands import PYTHON, QUICK, ROOT, TINY, TRAIN_XLA, data_flags, losses, printed_json, records, run, torchrun
+from commands import PYTHON, QUICK_XLA, ROOT, TINY, TRAIN_XLA, data_flags, losses, printed_json, records, run, torchrun
 from safetensors import safe_open
 from small_runs import run_here, said_here
 
@@ -18,7 +18,7 @@ FLAGS = [
 ]
 STATE = ("model.safetensors", "trainer_state/optimizer.safetensors")
 TOLERANCE = 1e-5  # float32; measured 1.5e-6
-EIGHT = {"CPU_NUM_DEVICES": "8", **QUICK}
+EIGHT = {"CPU_NUM_DEVICES": "8", **QUICK_XLA}
 
 
 def final_bytes(run_dir):
@@ -71,7 +71,7 @@ def test_gloo_processes_equal_one_process(tmp_path, text_data, one_process):
 @pytest.mark.xla
 def test_xla_equals_torch_compiles_once_resumes_bit_for_bit_and_torch_continues_it(tmp_path, text_data, one_process):
     flags = [*FLAGS, *data_flags(text_data), "--max-recompiles", "0"]
-    run(*TRAIN_XLA, *flags, "--checkpoints-dir", tmp_path / "xla", **QUICK)
+    run(*TRAIN_XLA, *flags, "--checkpoints-dir", tmp_path / "xla", **QUICK_XLA)
     assert all_losses(tmp_path / "xla") == pytest.approx(all_losses(one_process), abs=TOLERANCE)
     found = records(tmp_path / "xla")
     assert found[0]["compiles"] == found[-1]["compiles"] == 2  # the optimizer's zeros, the step
@@ -79,7 +79,7 @@ def test_xla_equals_torch_compiles_once_resumes_bit_for_bit_and_torch_continues_
     assert found[18]["executions"] - found[8]["executions"] == pytest.approx(10, abs=1)
     for name in ("again", "torch"):
         shutil.copytree(tmp_path / "xla" / "step-00000020", tmp_path / name / "step-00000020")
-    run(*TRAIN_XLA, "--checkpoints-dir", tmp_path / "again", **QUICK)
+    run(*TRAIN_XLA, "--checkpoints-dir", tmp_path / "again", **QUICK_XLA)
     said_here(run_pretrain.main, "--device", "cpu", "--checkpoints-dir", tmp_path / "torch")
     assert final_bytes(tmp_path / "again") == final_bytes(tmp_path / "xla")
     assert losses(tmp_path / "torch") == pytest.approx(losses(tmp_path / "xla")[20:], abs=TOLERANCE)
@@ -97,7 +97,7 @@ def test_a_mesh_equals_one_process_and_continues_its_checkpoint(tmp_path, text_d
 
 @pytest.mark.xla
 def test_a_step_that_is_not_finite_is_skipped_on_the_device(text_data):
-    output = run(*PYTHON, str(ROOT / "tests" / "xla_muon_steps.py"), **QUICK)
+    output = run(*PYTHON, str(ROOT / "tests" / "xla_muon_steps.py"), **QUICK_XLA)
     # Good, NaN and good gradients, and an infinite loss; and the steps of a schedule that reaches 0 and a NaN: all one program.
     assert printed_json(output) == {
         "changed_nothing": [False, True, False, True],

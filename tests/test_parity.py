@@ -1,7 +1,7 @@
 """The same recipe gives the same losses for any number of processes, any accumulation, and on both runtimes."""
 
 import pytest
-from commands import QUICK, TINY, TRAIN_XLA, data_flags, losses, records, run, torchrun, xla_replicas
+from commands import QUICK_XLA, TINY, TRAIN_XLA, data_flags, losses, records, run, torchrun, xla_replicas
 from small_runs import said_here
 
 import run_pretrain
@@ -17,7 +17,7 @@ def all_flags(folder, text_data, *flags):
 
 
 def curve(command, folder, text_data, *flags):
-    run(*command, *all_flags(folder, text_data, *flags), **QUICK)
+    run(*command, *all_flags(folder, text_data, *flags), **QUICK_XLA)
     return [*losses(folder), *losses(folder, "valid")]
 
 
@@ -82,7 +82,7 @@ def test_xla_accumulation_equals_the_large_batch_and_compiles_once(tmp_path, tex
         "--valid-interval",
         "50",
     )
-    run(*TRAIN_XLA, *all_flags(tmp_path / "r", text_data, *flags), **QUICK)
+    run(*TRAIN_XLA, *all_flags(tmp_path / "r", text_data, *flags), **QUICK_XLA)
     assert largest_difference(losses(tmp_path / "r"), reference[:STEPS]) < TOLERANCE
     compiles = [record["compiles"] for record in records(tmp_path / "r")]
     assert compiles[0] == compiles[-1]

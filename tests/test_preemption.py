@@ -11,7 +11,7 @@ import pytest
 from commands import (
     PATIENCE,
     PYTHON,
-    QUICK,
+    QUICK_XLA,
     ROOT,
     TINY,
     TRAIN,
@@ -75,7 +75,7 @@ def test_a_signal_ends_a_validation_on_all_replicas_and_a_restart_makes_up_for_i
     command, number, tmp_path, long_validation
 ):
     flags = [*TINY, *data_flags(long_validation), "--train-steps", "3", "--checkpoints-dir", tmp_path]
-    process = start(*command, *flags, **QUICK)
+    process = start(*command, *flags, **QUICK_XLA)
     wait_for_step(process, tmp_path, 3)  # logged just before the last validation begins
     process.send_signal(number)
     output = finish(process)

@@ -6,7 +6,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from commands import QUICK, TINY, TRAIN_XLA, data_flags, losses, records, run, torchrun
+from commands import QUICK_XLA, TINY, TRAIN_XLA, data_flags, losses, records, run, torchrun
 from small_runs import FOUR_STEPS, run_here
 
 import run_pretrain
@@ -116,7 +116,7 @@ def test_resume_does_not_profile_again_unless_asked_to(pretrain, text_data, tmp_
 @pytest.mark.xla
 def test_xla_writes_an_xplane_and_compiles_nothing_for_it(text_data, tmp_path):
     flags = (*TINY, *data_flags(text_data), "--train-steps", "8", "--profile-steps", "4:6")
-    printed = run(*TRAIN_XLA, *flags, "--checkpoints-dir", tmp_path, **QUICK)
+    printed = run(*TRAIN_XLA, *flags, "--checkpoints-dir", tmp_path, **QUICK_XLA)
     assert f"profile of steps 4 to 6 in {tmp_path / 'profile'}: pip install xprof" in printed
     (xplane,) = (tmp_path / "profile").rglob("*.xplane.pb")
     content = xplane.read_bytes()

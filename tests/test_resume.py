@@ -7,7 +7,7 @@ import signal
 import pytest
 from commands import (
     PYTHON,
-    QUICK,
+    QUICK_XLA,
     TINY,
     TRAIN,
     TRAIN_XLA,
@@ -140,7 +140,7 @@ def test_a_checkpoint_goes_from_any_number_of_processes_to_any(kind, tmp_path, t
     for hop, (command, step) in enumerate(hops):
         saved, target = f"step-{step:08d}", f"hop{hop}"
         shutil.copytree(tmp_path / source / saved, tmp_path / target / saved)
-        run(*command, "--checkpoints-dir", tmp_path / target, **QUICK)
+        run(*command, "--checkpoints-dir", tmp_path / target, **QUICK_XLA)
         assert losses(tmp_path / target) == pytest.approx(expected[step:], abs=1e-5)
         source = target
 
@@ -162,7 +162,7 @@ def test_do_test_prints_the_validation_loss_of_the_checkpoint(uninterrupted):
 @pytest.mark.xla
 def test_xla_replicas_stop_at_one_step_and_leave_no_child(tmp_path, text_data):
     command = [*xla_replicas(2), *TINY, *data_flags(text_data), "--train-steps", "9000", "--checkpoints-dir", tmp_path]
-    process = start(*command, **QUICK)
+    process = start(*command, **QUICK_XLA)
     wait_for_step(process, tmp_path, 5)
     children = replica_processes(process.pid)
     process.terminate()
@@ -179,13 +179,13 @@ def test_xla_replicas_stop_at_one_step_and_leave_no_child(tmp_path, text_data):
 def test_xla_resumes_bit_for_bit_and_torch_continues_its_checkpoint(tmp_path, text_data):
     flags = [*TINY, *data_flags(text_data), "--train-steps", "60", "--save-interval", "20", "--max-recompiles", "0"]
     flags += ["--log-interval", "8"]  # steps 17 to 20 are in no record yet when step 20 is saved
-    run(*TRAIN_XLA, *flags, "--checkpoints-dir", tmp_path / "whole", **QUICK)
+    run(*TRAIN_XLA, *flags, "--checkpoints-dir", tmp_path / "whole", **QUICK_XLA)
     for name in ("xla", "torch"):
         shutil.copytree(tmp_path / "whole" / "step-00000020", tmp_path / name / "step-00000020")
     said_here(run_pretrain.main, "--device", "cpu", "--checkpoints-dir", tmp_path / "torch")
     assert losses(tmp_path / "torch") == pytest.approx(losses(tmp_path / "whole")[2:], abs=1e-5)
     for _ in range(2):  # interrupted twice: after step 20, and after step 40
-        output = run(*TRAIN_XLA, "--checkpoints-dir", tmp_path / "xla", **QUICK)
+        output = run(*TRAIN_XLA, "--checkpoints-dir", tmp_path / "xla", **QUICK_XLA)
         assert ", 0 of them after warm-up" in output
         assert final_bytes(tmp_path / "xla") == final_bytes(tmp_path / "whole")
         shutil.rmtree(tmp_path / "xla" / "step-00000060")

@@ -7,7 +7,7 @@ import signal
 import pytest
 from commands import (
     PYTHON,
-    QUICK,
+    QUICK_XLA,
     ROOT,
     TINY,
     TRAIN_XLA,
@@ -29,7 +29,7 @@ from gpt2_xla.errors import UserError
 from gpt2_xla.model import GPT, build_model
 from gpt2_xla.runtime.mesh import MeshShape, layout_in_use, mesh_mistakes, parameter_layout, parse_mesh
 
-EIGHT = {"CPU_NUM_DEVICES": "8", **QUICK}
+EIGHT = {"CPU_NUM_DEVICES": "8", **QUICK_XLA}
 STEPS = 50
 # An even vocabulary, so that tensor can cut it; 25 steps of warm-up keep the losses' differences from growing.
 FLAGS = [
@@ -122,7 +122,7 @@ def test_other_runtimes_continue_a_sharded_checkpoint(runtime, tmp_path, eight_d
     if runtime == "torch":
         said_here(run_pretrain.main, "--device", "cpu", "--checkpoints-dir", tmp_path)
     else:
-        run(*TRAIN_XLA, "--sharding", "none", "--checkpoints-dir", tmp_path, **QUICK)
+        run(*TRAIN_XLA, "--sharding", "none", "--checkpoints-dir", tmp_path, **QUICK_XLA)
     assert losses(tmp_path) == pytest.approx(losses(one_process)[25:], abs=TOLERANCE)
 
 

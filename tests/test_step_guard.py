@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import QUICK, TINY, finish, records, run, start, torchrun, xla_replicas
+from commands import QUICK_XLA, TINY, finish, records, run, start, torchrun, xla_replicas
 from conftest import write_split
 from flaky_store import FlakyStore
 from hypothesis import given, settings
@@ -267,7 +267,7 @@ def test_several_processes_go_back_together(tmp_path):
 def test_xla_replicas_go_back_together_and_compile_no_second_step(tmp_path):
     data = write_spiky_data(tmp_path)
     flags = [*SPIKY, "--train-dir", data, "--checkpoints-dir", tmp_path / "run", "--max-recompiles", "0"]
-    process = start(*xla_replicas(2), *flags, **QUICK)
+    process = start(*xla_replicas(2), *flags, **QUICK_XLA)
     output = finish(process)
     assert process.returncode == 0, output
     assert output.count("back to step 16, 16 sequences are skipped") == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import QUICK, TINY, TRAIN_XLA, data_flags, finish, records, run, start
+from commands import QUICK_XLA, TINY, TRAIN_XLA, data_flags, finish, records, run, start
 from safetensors.torch import load_file
 from small_runs import run_here
 
@@ -82,7 +82,7 @@ def test_wandb_gets_the_text_as_a_page(tmp_path, text_data, monkeypatch):
 def test_an_xla_run_with_samples_is_bit_for_bit_one_without(tmp_path, text_data):
     for name, flags in (("plain", ()), ("sampled", SAMPLED)):
         command = [*TRAINED, *data_flags(text_data), "--checkpoints-dir", tmp_path / name, "--max-recompiles", "0"]
-        output = run(*TRAIN_XLA, *map(str, command), *flags, **QUICK)
+        output = run(*TRAIN_XLA, *map(str, command), *flags, **QUICK_XLA)
         assert "0 of them after warm-up" in output
     check_alike(tmp_path / "plain", tmp_path / "sampled")
     compiles = [records(tmp_path / name)[-1]["compiles"] for name in ("plain", "sampled")]

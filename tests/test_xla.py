@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from commands import (
     PYTHON,
-    QUICK,
+    QUICK_XLA,
     ROOT,
     TINY,
     TRAIN_XLA,
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.xla
 
 @pytest.fixture(scope="module")
 def counted(text_data):
-    output = run(*PYTHON, str(ROOT / "tests" / "xla_step_counters.py"), str(text_data), **QUICK)
+    output = run(*PYTHON, str(ROOT / "tests" / "xla_step_counters.py"), str(text_data), **QUICK_XLA)
     return printed_json(output)
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from commands import PYTHON, QUICK, ROOT, run
+from commands import PYTHON, QUICK_XLA, ROOT, run
 
 pytestmark = pytest.mark.xla
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.xla
 @pytest.fixture(scope="module")
 def replicas(tmp_path_factory):
     folder = tmp_path_factory.mktemp("replicas")
-    run(*PYTHON, str(ROOT / "tests" / "xla_replica_step.py"), str(folder), **QUICK)
+    run(*PYTHON, str(ROOT / "tests" / "xla_replica_step.py"), str(folder), **QUICK_XLA)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
