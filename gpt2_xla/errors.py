@@ -8,7 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 Result = TypeVar("Result")
-PATIENCE = 5.0  # seconds that a host's other processes leave its first one to tell a mistake
+PATIENCE = (
+    5.0,
+    30.0,
+)  # seconds, at least and at most, that a host's other processes leave its first one to tell a mistake
+BEGAN = time.monotonic()  # about when this process did
 
 
 class UserError(Exception):
@@ -79,8 +83,10 @@ def run_main(main: Callable[[], int | None]) -> int:
 def _let_the_first_tell() -> None:
     """Wait, where torchrun started this process beside a first one: that likely makes the same mistake, and torchrun ends this one.
 
-    Else each of a host's processes would print it. One that only this process makes is told after the wait.
+    Else each of a host's processes would print it. One that only this process makes is told after the wait: as long as the
+    process has lived, as the first one may come to the mistake that much later where many share few cores.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         with contextlib.suppress(KeyboardInterrupt):
-            time.sleep(PATIENCE)
+            least, most = PATIENCE
+            time.sleep(min(max(least, time.monotonic() - BEGAN), most))

@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# Seconds after which something hangs. Python and torch alone take 6 to start where nothing else runs, and five times as long
+# where the cores are shared.
+PATIENCE = 300.0
 
 # 117,000 parameters, 8 × 32 tokens a step: a step takes milliseconds.
 TINY = shlex.split(
@@ -18,6 +21,9 @@ TINY = shlex.split(
     "--eval-batch-size 8 --learning-rate 1e-3 --min-lr 1e-4 --warmup-steps 50 --mixed-precision no --log-interval 1 "
     "--valid-interval 0 --save-interval 0"
 )
+
+# For programs of XLA that run a few times: it shall not take long to make them fast.
+QUICK_XLA = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 PYTHON = (sys.executable,)
 TRAIN = (*PYTHON, str(ROOT / "run_pretrain.py"))
@@ -52,7 +58,7 @@ def start(*command: str, **environment: str) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen, timeout: float = 120) -> str:
+def finish(process: subprocess.Popen, timeout: float = PATIENCE) -> str:
     """Wait for it and return its output; past the time limit the whole group is killed and the test fails."""
     try:
         output, _ = process.communicate(timeout=timeout)
@@ -63,7 +69,7 @@ def finish(process: subprocess.Popen, timeout: float = 120) -> str:
         raise AssertionError(f"timed out after {timeout} s:\n{output}") from None
 
 
-def run(*command: str, timeout: float = 120, **environment: str) -> str:
+def run(*command: str, timeout: float = PATIENCE, **environment: str) -> str:
     """Run a command to its end, expect exit status 0, return its output."""
     process = start(*command, **environment)
     output = finish(process, timeout)
@@ -82,10 +88,10 @@ def losses(run_dir: Path, kind: str = "train") -> list[float]:
     return [record["loss"] for record in records(run_dir, kind)]
 
 
-def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, timeout: float = 90) -> None:
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, timeout: float = PATIENCE) -> None:
     """Return once the run has logged `step`; fails if it ends or takes too long before that."""
     metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + timeout
-    while not (metrics.exists() and any(r["step"] >= step for r in records(run_dir))):
+    while not (metrics.exists() and _last_step(metrics) >= step):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "no progress"
         try:
@@ -94,18 +100,53 @@ def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, timeout: 
             continue
 
 
+def _last_step(metrics: Path) -> int:
+    """The last step that a metrics.jsonl tells of, which may be growing: what is behind its last end of line is no record yet."""
+    lines = metrics.read_text().rpartition("\n")[0].splitlines()
+    return max((record["step"] for record in map(json.loads, lines) if record["kind"] == "train"), default=0)
+
+
+def wait_until(process: subprocess.Popen, happened: Callable[[], object], timeout: float = PATIENCE) -> None:
+    """Return once `happened()`, which is asked again and again; fails if the process ends or it takes too long before that."""
+    deadline = time.monotonic() + timeout
+    while not happened():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
+
+
 def replica_processes(parent: int) -> list[int]:
     """Children of a process that run replicas (multiprocessing's resource tracker is none)."""
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return [int(child) for child in children if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [child for child in children(parent) if b"resource_tracker" not in _of_process(child, "cmdline")]
+
+
+def children(parent: int, running: str = "") -> list[int]:
+    """Children of a process, or those with a word in their command lines: a new one has its parent's for a moment."""
+    found = map(int, _of_process(parent, f"task/{parent}/children").split())
+    return [child for child in found if running.encode() in _of_process(child, "cmdline")]
+
+
+def _of_process(pid: int, file: str) -> bytes:
+    """A file of /proc; empty when the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/{file}").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 def is_alive(pid: int) -> bool:
     """Whether the process still runs (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    return _state(pid) not in "ZX"
+
+
+def is_asleep(pid: int) -> bool:
+    """Whether the process's first thread waits for something; for a core does not count."""
+    return _state(pid) == "S"
+
+
+def _state(pid: int) -> str:
+    """A letter, as proc(5) lists them; X when the process is gone."""
+    return _of_process(pid, "stat").decode(errors="replace").rpartition(")")[2].strip()[:1] or "X"
 
 
 def still_alive(pids: Iterable[int], timeout: float = 60) -> list[int]:

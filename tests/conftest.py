@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from gpt2_xla.data import manifest as manifests
 from gpt2_xla.data.manifest import Manifest, ShardEntry
@@ -18,6 +20,15 @@ from gpt2_xla.data.shards import write_shard
 from gpt2_xla.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# A suite that a script starts in the background ignores Ctrl-C, and would have all that it starts ignore it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples in every run, so that only a change of the code turns a test red, however slow the machine is.
+# `--hypothesis-profile default` draws new ones.
+settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,10 +2,21 @@
 
 import json
 import signal
-import time
 
 import pytest
-from commands import TINY, TRAIN, data_flags, finish, losses, replica_processes, run, start, still_alive, torchrun
+from commands import (
+    TINY,
+    TRAIN,
+    children,
+    data_flags,
+    finish,
+    losses,
+    run,
+    start,
+    still_alive,
+    torchrun,
+    wait_until,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import run_here
@@ -91,11 +102,9 @@ def test_a_trial_that_hangs_is_told(tmp_path, text_data, monkeypatch, capsys):
 
 def searching(tmp_path, text_data):
     """A run that searches, and the pid of its trial."""
-    process = start(*TRAIN, *flags(text_data, tmp_path), *LIMIT, PYTHONUNBUFFERED="1")
-    assert process.stdout.readline().startswith("finding the largest")
-    while not (trials := replica_processes(process.pid)):
-        time.sleep(0.01)
-    return process, trials[0]
+    process = start(*TRAIN, *flags(text_data, tmp_path), *LIMIT)
+    wait_until(process, lambda: children(process.pid, running="batch_trial"))
+    return process, children(process.pid, running="batch_trial")[0]
 
 
 def test_a_signal_ends_the_search(tmp_path, text_data):

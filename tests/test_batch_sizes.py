@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 from commands import (
+    QUICK_XLA,
     TINY,
-    TRAIN,
     TRAIN_XLA,
     data_flags,
     losses,
@@ -158,14 +158,25 @@ def test_a_run_interrupted_anywhere_is_bit_for_bit_and_counts_its_tokens(tmp_pat
     )
 
 
+OTHER = ("--dropout", "0", "--warmup-steps", "50")
+
+
+@pytest.fixture(scope="module")
+def of_one_process(tmp_path_factory, text_data):
+    """The losses of a run in one process."""
+    folder = tmp_path_factory.mktemp("one")
+    with pytest.MonkeyPatch.context() as patch:
+        flags = [*FLAGS, *OTHER, *data_flags(text_data), "--device", "cpu", "--checkpoints-dir", folder]
+        assert run_here(patch, run_pretrain.main, *flags) == 0
+    return losses(folder)
+
+
 @pytest.mark.parametrize("command", [torchrun(2), pytest.param(TRAIN_XLA, marks=pytest.mark.xla)], ids=["gloo", "xla"])
-def test_other_runtimes_and_micro_batches_give_the_losses_of_one_process(command, tmp_path, text_data):
-    flags = [*FLAGS, "--dropout", "0", "--warmup-steps", "50", *data_flags(text_data)]
-    run(*TRAIN, *flags, "--device", "cpu", "--checkpoints-dir", tmp_path / "one")
+def test_other_runtimes_and_micro_batches_give_the_losses_of_one_process(command, tmp_path, text_data, of_one_process):
+    flags = [*FLAGS, *OTHER, *data_flags(text_data)]
     smaller = ("--train-batch-size", "4", "--max-recompiles", "0")
-    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # three programs to compile
-    output = run(*command, *flags, *smaller, "--checkpoints-dir", tmp_path / "other", **quick)
-    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    output = run(*command, *flags, *smaller, "--checkpoints-dir", tmp_path / "other", **QUICK_XLA)
+    assert losses(tmp_path / "other") == pytest.approx(of_one_process, abs=1e-5)
     assert "from step 7 on a step takes 16 sequences" in output
     if command == TRAIN_XLA:  # each number of micro-steps once: the fourth stage's is known by then
         compiles = [record["compiles"] for record in records(tmp_path / "other")]

@@ -5,9 +5,10 @@ import json
 import random
 import shutil
 import signal
+import time
 
 import pytest
-from commands import PYTHON, ROOT, finish, run, start
+from commands import PATIENCE, PYTHON, ROOT, finish, run, start
 
 from gpt2_xla.chaos.faults import FAULTS, Moment, delete, flip, truncate
 from gpt2_xla.chaos.session import line, table
@@ -19,10 +20,22 @@ CHAOS = (*PYTHON, str(ROOT / "scripts" / "chaos.py"))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_ten_trials_or_as_many_as_a_minute_takes(tmp_path):
     output = run(
-        *CHAOS, "--trials", "10", "--seed", "20", "--minutes", "0.7", "--json", "--folder", tmp_path, timeout=280
+        *CHAOS,
+        "--trials",
+        "10",
+        "--seed",
+        "20",
+        "--minutes",
+        "0.7",
+        "--trial-seconds",
+        "700",
+        "--json",
+        "--folder",
+        tmp_path,
+        timeout=800,
     )
     trials = json.loads(output[output.index("\n[") :].split("--minutes")[0])
     assert trials
@@ -36,7 +49,7 @@ def unhurt(tmp_path_factory):
     """A finished run, as the reference and as the folder of its victim."""
     folder = tmp_path_factory.mktemp("chaos")
     data = write_data(folder / "data")
-    return reference_run("torch", folder / "home", data, 90), folder / "home", data
+    return reference_run("torch", folder / "home", data, PATIENCE), folder / "home", data
 
 
 @pytest.fixture
@@ -85,7 +98,7 @@ def test_a_run_that_an_earlier_fault_left_nothing_may_end_as_it_likes(tmp_path, 
     signalled = Victim("torch", tmp_path, tmp_path)
     signalled.command = [*PYTHON, "-c", f"import sys; print('{said}'); sys.exit(2)"]
     signalled.start()
-    status = signalled.wait(60)
+    status = signalled.wait(PATIENCE)
     (fault,) = (fault for fault in FAULTS if fault.name == "SIGUSR1")
     strikes = (None, Strike(fault, Moment("start-up", 0.5), ""))
     assert [bool(odd_end(signalled, one, end)) for one in strikes for end in (status, -signal.SIGUSR1)] == [odd] * 4
@@ -111,10 +124,10 @@ def test_the_table_counts_what_struck_and_what_was_survived():
 
 def test_all_processes_of_a_victim_are_found_and_ended(tmp_path):
     hiding = Victim("torch", tmp_path, tmp_path)
-    script = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(90)'], start_new_session=True); time.sleep(90)"
+    script = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'], start_new_session=True); time.sleep(1000)"
     hiding.command = [*PYTHON, "-c", script]
     hiding.start()
-    assert hiding.until(lambda: len(hiding.family()) == 2, float("inf"))
+    assert hiding.until(lambda: len(hiding.family()) == 2, time.monotonic() + PATIENCE)
     hiding.kill()
     assert hiding.family() == []
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import PATIENCE
 
 from gpt2_xla import checkpoint, checkpoint_files, loading
 from gpt2_xla.checkpoint import SaveError, TrainerState
@@ -324,7 +325,7 @@ def test_a_disk_too_small_for_the_first_checkpoint_is_reported(small_disk):
 LIMITED_SAVE = """
 import resource, signal, sys
 from pathlib import Path
-from tests.test_checkpoint import save
+from test_checkpoint import save
 run_dir = Path(sys.argv[1])
 save(run_dir, 1)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -338,8 +339,9 @@ except Exception as error:
 
 def run_python(script: str, *arguments: object) -> str:
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    root = Path(__file__).resolve().parent.parent
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, check=True).stdout
+    tests = Path(__file__).resolve().parent
+    environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
 
 
 def test_a_file_size_limit_leaves_the_last_good_checkpoint(tmp_path):
@@ -377,7 +379,7 @@ SAVES_UNTIL_KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 from gpt2_xla import checkpoint
-from tests.test_checkpoint import model_of, save
+from test_checkpoint import model_of, save
 run_dir, seed = Path(sys.argv[1]), int(sys.argv[2])
 chance = random.Random(seed)
 start = time.perf_counter()

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from commands import ROOT
+from commands import PATIENCE, ROOT
 
 from gpt2_xla.child_environment import child_environment
 
@@ -16,7 +16,7 @@ def test_a_child_imports_this_checkout_first(tmp_path):
     code = "import gpt2_xla.errors, beside; print(gpt2_xla.errors.__file__)"
     command = [sys.executable, "-c", code]
     found = subprocess.run(
-        command, env=child, cwd=tmp_path.parent, capture_output=True, text=True, timeout=60, check=True
+        command, env=child, cwd=tmp_path.parent, capture_output=True, text=True, timeout=PATIENCE, check=True
     )
     assert found.stdout.strip() == str(ROOT / "gpt2_xla" / "errors.py")
     assert child["KEPT"] == "x"

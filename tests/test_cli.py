@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 
 import pytest
-from commands import ROOT
+from commands import PATIENCE, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -314,7 +314,7 @@ def test_every_commands_help_ends_well_and_names_every_flag():
         for command in commands
     }
     for command, process in running.items():
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=PATIENCE)
         assert (process.returncode, errors) == (0, ""), command
         assert len(output.strip()) > 20, command
         for flag in flags_of(COMMANDS[command]) if command in COMMANDS else []:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import PYTHON, ROOT, finish, start, still_alive
+from commands import PATIENCE, PYTHON, ROOT, finish, start, still_alive
 from small_runs import FOUR_STEPS, run_here
 
 import run_pretrain
@@ -19,13 +19,14 @@ from gpt2_xla.doctor.place import Place, place_findings, recognise
 from gpt2_xla.doctor.variables import variables
 from gpt2_xla.script_config import DoctorConfig
 
+PATIENT = ("--time-limit", "600")  # other tests hold the cores
 HERE, ON_TPU = Place("other", ()), Place("tpu-vm", ("TPU v4",) * 4)
 
 
-def doctor(*flags, timeout=100, **environment):
+def doctor(*flags, **environment):
     """Run scripts/doctor.py; its exit status, and {name: (state, text and mend)} of what it printed."""
     process = start(*PYTHON, str(ROOT / "scripts" / "doctor.py"), *flags, **environment)
-    printed = finish(process, timeout)
+    printed = finish(process)
     assert "Traceback" not in printed
     found = re.findall(r"^(ok|warning|problem|not run) +(\S+(?: \S+)*?)  +(.*(?:\n +→ .*)?)", printed, re.MULTILINE)
     return process.returncode, {name: (state, text) for state, name, text in found}, printed
@@ -66,9 +67,9 @@ def run_folder(text_data, tmp_path, monkeypatch):
 @pytest.mark.xla
 def test_a_machine_without_an_accelerator_is_examined_and_found_well(text_data, tmp_path):
     flags = ("--train-dir", text_data / "train", "--valid-dir", text_data / "valid", "--checkpoints-dir", tmp_path)
-    flags += ("--time-limit", "240")  # other tests hold the cores
+    flags += PATIENT
     secrets = {"HF_TOKEN": "hf_do_not_tell", "WANDB_API_KEY": "nor_this"}
-    status, found, printed = doctor(*flags, timeout=170, WANDB_MODE="offline", **secrets)
+    status, found, printed = doctor(*flags, WANDB_MODE="offline", **secrets)
     for name in ("python", "packages", "torch_xla", "place", "environment", "train data", "valid data", "checkpoint"):
         assert found[name][0] == "ok", printed
     for name, words in (
@@ -94,7 +95,7 @@ def test_a_broken_machine_is_told_problem_by_problem_with_exit_status_1(data, tm
     shard = data / "train" / "train_00000.npy"
     os.truncate(shard, shard.stat().st_size - 100)
     (tmp_path / "file").write_text("")
-    flags = ("--train-dir", data / "train", "--checkpoints-dir", tmp_path / "file" / "run")
+    flags = (*PATIENT, "--train-dir", data / "train", "--checkpoints-dir", tmp_path / "file" / "run")
     status, found, printed = doctor(*flags, PJRT_DEVICE="FOO", KAGGLE_KERNEL_RUN_TYPE="Interactive")
     assert status == 1
     state, text = found["PJRT_DEVICE"]
@@ -127,13 +128,17 @@ def test_a_child_that_hangs_is_killed_with_what_it_started_and_keeps_what_it_sai
     (tmp_path / "hangs.py").write_text(
         "import subprocess, sys, time\n"
         "from gpt2_xla.doctor.children import report\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])\n"
         "report(stage='begin', pid=child.pid)\n"
         "print('some noise', flush=True)\n"
-        "time.sleep(60)\n"
+        "time.sleep(1000)\n"
     )
-    outcome = run_child("hangs", seconds=5.0, environ={**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert outcome.failure == "did not end within 5 s and was killed"
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for seconds in (2, 10, 60):  # a busy machine may take longer until it says something
+        outcome = run_child("hangs", seconds=seconds, environ=environ)
+        assert outcome.failure == f"did not end within {seconds} s and was killed"
+        if outcome.facts:
+            break
     (fact,) = outcome.facts
     assert fact["stage"] == "begin"
     assert not still_alive([fact["pid"]])
@@ -142,7 +147,7 @@ def test_a_child_that_hangs_is_killed_with_what_it_started_and_keeps_what_it_sai
 @pytest.mark.xla
 def test_a_torch_xla_that_aborts_is_a_finding_with_its_last_words(tmp_path):
     environ = {**os.environ, "XLA_FLAGS": "--xla_no_such_flag=1", "PJRT_DEVICE": "CPU"}
-    found = troubles(devices.xla_devices(Deadline(60), HERE, environ))
+    found = troubles(devices.xla_devices(Deadline(PATIENCE), HERE, environ))
     assert found["XLA CPU"].text.endswith("Unknown flag in XLA_FLAGS: --xla_no_such_flag=1")
     assert found["XLA CPU"].mend == "unset XLA_FLAGS"
 
@@ -150,7 +155,7 @@ def test_a_torch_xla_that_aborts_is_a_finding_with_its_last_words(tmp_path):
 @pytest.mark.xla
 def test_a_torch_xla_that_hangs_is_a_finding(tmp_path):
     (tmp_path / "torch_xla").mkdir()
-    (tmp_path / "torch_xla" / "__init__.py").write_text("import time; time.sleep(60)")
+    (tmp_path / "torch_xla" / "__init__.py").write_text("import time; time.sleep(1000)")
     environ = {**os.environ, "PYTHONPATH": str(tmp_path), "PJRT_DEVICE": "CPU"}
     found = troubles(devices.xla_devices(Deadline(3), HERE, environ))
     assert "did not end within 3 s" in found["XLA CPU"].text
@@ -333,9 +338,11 @@ def test_data_that_is_not_there_or_has_changed_is_told(data, tmp_path):
 
 def test_a_disk_that_cannot_be_written_or_is_nearly_full_is_told(tmp_path, monkeypatch):
     assert disk(Path("/proc/run")).state == "problem"
-    assert disk(tmp_path / "a" / "b").state in ("ok", "warning")
+    free = 10**11
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12 - free, free))
+    assert disk(tmp_path / "a" / "b").state in ("ok", "warning")  # by its speed
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 10**9))
+    free = 10**9
     full = disk(tmp_path)
     assert (full.state, "0.9 GiB free" in full.text) == ("problem", True)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from ascii_run import MODEL, make_run
+from commands import PATIENCE, is_asleep, wait_until
 
 from generate import main as generate_main
 from gpt2_xla import checkpoint, generation
@@ -37,7 +38,7 @@ def run_dir(tmp_path_factory) -> Path:
 def generate(*arguments: object, typed: str | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "generate.py", "--device", "cpu", *map(str, arguments)]
     return subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, input=typed, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=ROOT, env=ENVIRONMENT, input=typed, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
 
 
@@ -63,8 +64,12 @@ def test_ctrl_c_ends_without_a_traceback(run_dir, interactive):
     with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes) as process:
         try:
             assert process.stdout.read(1)  # it has started to write: it is at the prompt, or generating
+            if interactive:  # what comes just before the read of a line, Python sees after it
+                wait_until(process, lambda: is_asleep(process.pid))
             process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=30)
+            if interactive:
+                process.wait(PATIENCE)  # before its input is closed, which would end it too
+            _, errors = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
     assert b"Traceback" not in errors
@@ -76,7 +81,7 @@ def test_a_reader_that_goes_away_ends_it_quietly(run_dir):
         f"{sys.executable} generate.py --device cpu --model {run_dir} --prompt x --max-new-tokens 100000 | head -c 20"
     )
     result = subprocess.run(
-        command, shell=True, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=True
+        command, shell=True, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE, check=True
     )
     assert len(result.stdout) == 20
     assert result.stderr == ""

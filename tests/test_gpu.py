@@ -45,7 +45,7 @@ def cpu_float32(tmp_path_factory, text_data):
     ],
 )
 def test_losses_agree_with_float32_on_the_cpu(flags, tolerance, tmp_path, text_data, cpu_float32):
-    run(*TRAIN, *TINY, *data_flags(text_data), *STEPS, "--checkpoints-dir", tmp_path, *flags, timeout=170)
+    run(*TRAIN, *TINY, *data_flags(text_data), *STEPS, "--checkpoints-dir", tmp_path, *flags)
     assert losses(tmp_path) == pytest.approx(cpu_float32, abs=tolerance)
 
 
@@ -59,9 +59,9 @@ def test_the_batch_found_is_the_largest_that_fits_and_changes_no_loss(tmp_path, 
         "--valid-interval",
         "0",
     ]  # 4 GiB of float32 logits at once
-    run(*TRAIN, *heavy, "--checkpoints-dir", tmp_path / "whole", timeout=170)
+    run(*TRAIN, *heavy, "--checkpoints-dir", tmp_path / "whole")
     limit = ("--find-batch", "--memory-limit", "2")
-    output = run(*TRAIN, *heavy, *limit, "--checkpoints-dir", tmp_path / "found", timeout=170)
+    output = run(*TRAIN, *heavy, *limit, "--checkpoints-dir", tmp_path / "found")
     assert "  128: does not fit" in output
     assert "found --train-batch-size " in output
     assert losses(tmp_path / "found") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
@@ -123,7 +123,7 @@ def test_a_model_cut_up_over_two_devices_agrees_with_float32_on_the_cpu(
     flags, tolerance, tmp_path, text_data, cpu_float32
 ):
     command = [*torchrun(2), *TINY, *data_flags(text_data), *STEPS, "--sharding", "fsdp", "--checkpoints-dir", tmp_path]
-    run(*command, *flags, timeout=170)
+    run(*command, *flags)
     assert losses(tmp_path) == pytest.approx(cpu_float32, abs=tolerance)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from commands import PATIENCE
 from small_hub import small_hub
 
 from gpt2_xla.data import manifest as manifests
@@ -61,7 +62,8 @@ def run(out: Path, home: Path, endpoint: str, *arguments: str) -> subprocess.Com
     ]
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     environment |= {"NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    environment |= {"HF_HUB_ETAG_TIMEOUT": "300", "HF_HUB_DOWNLOAD_TIMEOUT": "300"}  # for its answers, on shared cores
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -7,7 +7,7 @@ import os
 import shutil
 
 import pytest
-from commands import PYTHON, ROOT, TINY, TRAIN, TRAIN_XLA, data_flags, finish, start, torchrun
+from commands import PYTHON, QUICK_XLA, ROOT, TINY, TRAIN_XLA, data_flags, finish, run, start, torchrun
 from small_runs import run_here
 
 import run_pretrain
@@ -186,9 +186,8 @@ def test_killed_and_cut_short_and_continued_by_two_processes_it_still_verifies(t
 
 @pytest.mark.xla
 def test_xla_reads_the_same_batches(text_data, tmp_path, finished):
-    process = start(*TRAIN_XLA, *FLAGS, "--train-steps", "8", *data_flags(text_data), "--checkpoints-dir", tmp_path)
-    output = finish(process)
-    assert process.returncode == 0, output
+    flags = (*FLAGS, "--train-steps", "8", *data_flags(text_data), "--checkpoints-dir", tmp_path)
+    run(*TRAIN_XLA, *flags, **QUICK_XLA)
     ours, theirs = (replay_ledger(folder / "batches.jsonl").batches[:8] for folder in (tmp_path, finished))
     assert [(one.windows, one.tokens) for one in ours] == [(one.windows, one.tokens) for one in theirs]
     assert verify(tmp_path)[1] == []
@@ -271,10 +270,9 @@ def test_a_line_of_other_types_is_told_and_two_cut_ones_before_a_start_are_not(c
     assert not [problem for problem in problems[1:] if "is no record" in problem]
 
 
-def test_a_window_that_comes_twice_in_an_epoch_is_told(copied):
+def test_a_window_that_comes_twice_in_an_epoch_is_told(copied, monkeypatch):
     # In order by its own numbers and hashes, but half of the run was trained with another seed.
-    output = start(*TRAIN, "--checkpoints-dir", copied, "--train-steps", "30", "--seed", "7")
-    finish(output)
+    train(monkeypatch, copied, "--train-steps", "30", "--seed", "7")
     problems = verify(copied)[1]
     assert problems
     assert all("that epoch 2 already had" in problem for problem in problems)

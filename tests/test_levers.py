@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from commands import PYTHON, ROOT, TINY, TRAIN, data_flags, losses, records, run, xla_replicas
+from commands import PYTHON, QUICK_XLA, ROOT, TINY, data_flags, losses, records, run, xla_replicas
 from small_runs import FOUR_STEPS, run_here
 
 import run_pretrain
@@ -139,8 +139,7 @@ def test_flash_wants_a_tpu_and_jax(monkeypatch):
 @pytest.fixture(scope="module")
 def on_xla():
     """What tests/xla_levers.py measured: largest difference of loss and of each gradient to the plain path, and more."""
-    # The programs run once: the CPU backend shall not spend its time on making them fast.
-    output = run(*PYTHON, str(ROOT / "tests" / "xla_levers.py"), XLA_FLAGS="--xla_backend_optimization_level=0")
+    output = run(*PYTHON, str(ROOT / "tests" / "xla_levers.py"), **QUICK_XLA)
     return json.loads(output.splitlines()[-1])
 
 
@@ -183,11 +182,12 @@ def test_scanning_keeps_the_program_small(on_xla):
 
 
 @pytest.mark.xla
-def test_xla_replicas_with_every_lever_train_as_one_plain_torch_process_does(tmp_path, text_data):
+def test_xla_replicas_with_every_lever_train_as_one_plain_torch_process_does(tmp_path, text_data, monkeypatch):
     levers = ["--scan-layers", "--activation-checkpointing", "block", "--vocab-multiple", "128", "--loss-chunk", "48"]
     common = [*TINY, *data_flags(text_data), "--train-steps", "40", "--valid-interval", "20"]
-    run(*TRAIN, *common, "--checkpoints-dir", tmp_path / "plain", "--loss-chunk", "0", "--device", "cpu")
-    output = run(*xla_replicas(2), *common, "--checkpoints-dir", tmp_path / "levers", *levers)
+    plain = ("--checkpoints-dir", tmp_path / "plain", "--loss-chunk", "0", "--device", "cpu")
+    assert run_here(monkeypatch, run_pretrain.main, *common, *plain) == 0
+    output = run(*xla_replicas(2), *common, "--checkpoints-dir", tmp_path / "levers", *levers, **QUICK_XLA)
     assert "math attention" in output
     for kind in ("train", "valid"):
         assert losses(tmp_path / "levers", kind) == pytest.approx(losses(tmp_path / "plain", kind), abs=1e-5)
@@ -198,7 +198,7 @@ def test_xla_replicas_with_every_lever_train_as_one_plain_torch_process_does(tmp
 @pytest.mark.xla
 def test_the_attention_kernel_is_causal_attention_in_value_and_gradients():
     pytest.importorskip("jax", reason="the kernel is jax's")
-    found = json.loads(run(*PYTHON, str(ROOT / "tests" / "xla_splash.py")).splitlines()[-1])
+    found = json.loads(run(*PYTHON, str(ROOT / "tests" / "xla_splash.py"), **QUICK_XLA).splitlines()[-1])
     rounding = found.pop("bf16")
     assert all(max(differences) < 1e-5 for differences in found.values())
     assert max(rounding) < 0.05

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from commands import PYTHON, finish, start
+from commands import PATIENCE, PYTHON, finish, start
 
 PORT = 29500  # free on any host: nothing else runs there
 TOOLS = ("ip", "unshare", "mount", "hostname")
@@ -54,12 +54,12 @@ def power_off(process: subprocess.Popen) -> str:
     """SIGKILL to all the processes that a `Host.start` began, at once; what it had written."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)  # the kernel kills the whole process namespace with its first process
-    return finish(process, 30)
+    return finish(process)
 
 
 def first_process(process: subprocess.Popen) -> int:
     """The pid, as this machine counts, of the command itself that a `Host.start` began."""
-    pid, deadline = process.pid, time.monotonic() + 30
+    pid, deadline = process.pid, time.monotonic() + PATIENCE
     while b"torch.distributed.run" not in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:4]:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         pid = int(children[0]) if children else pid
@@ -87,11 +87,13 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
     finally:
         for host in hosts:
             host.close()
-            subprocess.run(["ip", "netns", "delete", host.namespace], timeout=30, check=False, capture_output=True)
+            subprocess.run(
+                ["ip", "netns", "delete", host.namespace], timeout=PATIENCE, check=False, capture_output=True
+            )
 
 
 def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], timeout=30, check=True, capture_output=True, text=True)
+    subprocess.run(["ip", *arguments], timeout=PATIENCE, check=True, capture_output=True, text=True)
 
 
 def why_not() -> str | None:
@@ -105,10 +107,10 @@ def why_not() -> str | None:
     try:
         ip("netns", "add", name)
         ip("-n", name, "link", "add", "cable", "type", "veth", "peer", "name", "other")
-        subprocess.run(["ip", "netns", "exec", name, *inside], timeout=30, check=True, capture_output=True)
+        subprocess.run(["ip", "netns", "exec", name, *inside], timeout=PATIENCE, check=True, capture_output=True)
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         return f"two hosts need namespaces, which this machine does not allow: {said!s}"
     finally:
-        subprocess.run(["ip", "netns", "delete", name], timeout=30, check=False, capture_output=True)
+        subprocess.run(["ip", "netns", "delete", name], timeout=PATIENCE, check=False, capture_output=True)
     return None

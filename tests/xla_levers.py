@@ -96,7 +96,7 @@ def main():
         "float32": compare(["block", "selective", "scan", "scan, block", "loss"]),
         "bf16": compare(["block", "scan, block", "residual", "residual, scan, block"], precision="bf16"),
         "dropout": compare(["block", "selective"], dropout=0.1),
-        "instructions": [[Model(lever, layers=n).instructions() for n in (4, 12)] for lever in ("plain", "scan")],
+        "instructions": [[Model(lever, layers=n).instructions() for n in (2, 6)] for lever in ("plain", "scan")],
     }
     xm.wait_device_ops()
     print(json.dumps(results))
