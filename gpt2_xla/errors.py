@@ -8,10 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 Result = TypeVar("Result")
-PATIENCE = (
-    5.0,
-    30.0,
-)  # seconds, at least and at most, that a host's other processes leave its first one to tell a mistake
+LEAST_PATIENCE, MOST_PATIENCE = 5.0, 30.0  # seconds that a host's other processes leave its first one to tell a mistake
 BEGAN = time.monotonic()  # about when this process did
 
 
@@ -88,5 +85,4 @@ def _let_the_first_tell() -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         with contextlib.suppress(KeyboardInterrupt):
-            least, most = PATIENCE
-            time.sleep(min(max(least, time.monotonic() - BEGAN), most))
+            time.sleep(min(max(LEAST_PATIENCE, time.monotonic() - BEGAN), MOST_PATIENCE))

@@ -328,5 +328,10 @@ def test_all_mistakes_of_a_command_are_told_together():
     output = finish(process)
     assert process.returncode == 2, output
     assert output.startswith("4 errors:")
-    for flag in ("--turns 0 ", "--processes 0 ", "--steps x ", "unknown flag --find-batch"):
+    for flag in (
+        "--turns 0 ",
+        "--processes 0 ",
+        "--steps x ",
+        "unknown flag --find-batch, which belongs to run_pretrain.py",
+    ):
         assert flag in output

@@ -20,9 +20,7 @@ from gpt2_xla.script_config import VerifyRunConfig
 MOST_FAULTS, MORE_STARTS = 4, 4
 PATIENCE = 15  # uninterrupted runs that a trial may take
 DISK = "16m"  # of a tmpfs: some ten checkpoints
-ORPHAN_SECONDS = (
-    8.0  # that processes may outlive the one which started them: to be told takes them longer on a busy machine
-)
+ORPHAN_SECONDS = 8.0  # that processes may outlive the one which started them: many on a busy machine, few elsewhere
 OLD = 120.0  # seconds between a death and the restart, for what is swept by age
 TORCHS_FOLDERS = ("torchelastic_", "pymp-")  # what torchrun leaves when it is killed
 TORCHS_FILES = {"_remote_module_non_scriptable.py", "__pycache__"}  # in a folder that `import torch.distributed` makes
