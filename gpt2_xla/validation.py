@@ -266,11 +266,6 @@ def _sharding_mistakes(config: PretrainConfig, explicit: Set[str]) -> list[str]:
 def _process_sharding_mistakes(runtime: TorchConfig, explicit: Set[str]) -> list[str]:
     """Those of torchrun's processes."""
     mistakes = []
-    if runtime.sharding in ("fsdp", "hsdp") and runtime.mixed_precision in ("fp16", "fp8"):
-        mistakes.append(
-            f"--mixed-precision {runtime.mixed_precision} is not supported with --sharding {runtime.sharding}; "
-            "use --mixed-precision bf16"
-        )
     if runtime.sharding != "hsdp":
         if "mesh" in explicit:  # a checkpoint's may stay
             mistakes.append(

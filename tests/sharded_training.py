@@ -3,13 +3,16 @@
 python -m torch.distributed.run --standalone --nproc_per_node=4 tests/sharded_training.py FOLDER
 """
 
+import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch.amp.grad_scaler import GradScaler
 
 from gpt2_xla import checkpoint, checkpoint_parts, loading, optim
 from gpt2_xla.config import ModelConfig, OptimConfig, PretrainConfig, TorchConfig, to_dict
@@ -29,8 +32,12 @@ CASES = {
     "checkpointed": (EVEN, {"activation_checkpointing": "block"}, {}),
     "uneven": (UNEVEN, {}, {}),
     "muon": (UNEVEN, {"activation_checkpointing": "selective"}, {"optim_type": "muon"}),
+    "compiled": (EVEN | {"tie_weights": False}, {"compile": True}, {}),
     "bf16": (EVEN, {"mixed_precision": "bf16", "activation_checkpointing": "block"}, {}),
+    "fp16": (EVEN, {"mixed_precision": "fp16"}, {}),
+    "fp8": (EVEN, {"mixed_precision": "fp8", "activation_checkpointing": "block"}, {}),
 }
+POSSIBLE = [case for case in CASES if case != "fp8" or importlib.util.find_spec("torchao")]
 
 
 def configs(case):
@@ -44,7 +51,8 @@ class Training:
 
     def __init__(self, case, runtime):
         self.runtime, self.config = runtime, configs(case)[2]
-        runtime.config = configs(case)[1]
+        runtime.config = replace(configs(case)[1], compile=configs(case)[1].compile and runtime.world_size > 1)
+        runtime._scaler = GradScaler("cpu", enabled=runtime.config.mixed_precision == "fp16")
         self.model = build_model(configs(case)[0], 48, seed=1)
         self.forward = runtime.place(self.model)
         self.optimizer = runtime.build_optimizer(self.model, self.config)
@@ -84,7 +92,8 @@ class Training:
         for hook in hooks:
             hook.remove()
         averaged = [event.count for event in profile.key_averages() if event.key.startswith("c10d::_reduce_scatter")]
-        return {"averaged": sum(averaged), "dtypes": dtypes}
+        float8 = any("_scaled_mm" in event.key for event in profile.key_averages())
+        return {"averaged": sum(averaged), "dtypes": dtypes, "float8": float8}
 
     def tensors(self):
         return [dict(self.model.named_parameters()), optim.named_state(self.model, self.optimizer)]
@@ -107,12 +116,14 @@ def save(training, path):
 
 
 def main(folder):
-    from gpt2_xla.runtime.torch_sharding import open_torch_runtime
+    from gpt2_xla.runtime import torch_sharding
 
-    runtime = open_torch_runtime(configs("uneven")[1])
+    # Inductor's code takes half a minute to compile; what it is given is what is tried here.
+    torch_sharding.compiled = lambda called: torch.compile(called, backend="aot_eager", dynamic=False)
+    runtime = torch_sharding.open_torch_runtime(configs("uneven")[1])
     assert runtime.writers == runtime.world_size == 4
     found = {}
-    for number, case in enumerate(CASES):
+    for number, case in enumerate(POSSIBLE):
         training = Training(case, runtime)
         steps = [training.step() for _ in range(STEPS)]
         path = folder / str(number) / f"step-{STEPS:08d}"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gpt2_xla.config import OptimConfig, TorchConfig, TorchPretrainConfig
+from gpt2_xla.config import OptimConfig, TorchPretrainConfig, XlaConfig, XlaPretrainConfig
 from gpt2_xla.saved_options import with_origin
 from gpt2_xla.validation import config_mistakes
 
@@ -10,15 +10,15 @@ STEP = Path("run/step-00000004")
 
 
 def test_a_saved_option_is_not_blamed_as_if_it_had_been_given():
-    config = TorchPretrainConfig(runtime=TorchConfig(sharding="fsdp", mixed_precision="fp16"))
-    sentence = "--mixed-precision fp16 is not supported with --sharding fsdp; use --mixed-precision bf16"
+    config = XlaPretrainConfig(runtime=XlaConfig(scan_layers=True, activation_checkpointing="selective"))
+    sentence = "--activation-checkpointing selective is not supported with --scan-layers; use block or none"
     mistakes = config_mistakes(config)
     assert sentence in mistakes
     for explicit, origin in (
-        ({"mixed_precision"}, f" (--sharding fsdp: saved in {STEP})"),
-        ({"sharding"}, f" (--mixed-precision fp16: saved in {STEP})"),
-        (set(), f" (--mixed-precision fp16, --sharding fsdp: saved in {STEP})"),
-        ({"mixed_precision", "sharding"}, ""),
+        ({"activation_checkpointing"}, f" (--scan-layers: saved in {STEP})"),
+        ({"scan_layers"}, f" (--activation-checkpointing selective: saved in {STEP})"),
+        (set(), f" (--activation-checkpointing selective, --scan-layers: saved in {STEP})"),
+        ({"activation_checkpointing", "scan_layers"}, ""),
     ):
         told = with_origin(mistakes, config, explicit, STEP)
         assert [one for one in told if one.startswith(sentence)] == [sentence + origin]

@@ -22,6 +22,7 @@ from gpt2_xla import optim as optimizers
 from gpt2_xla.config import OptimConfig, TorchConfig
 from gpt2_xla.data.prefetch import prefetch
 from gpt2_xla.errors import UserError
+from gpt2_xla.held_blocks import held
 from gpt2_xla.model import GPT
 from gpt2_xla.runtime.base import CompileStats
 from gpt2_xla.runtime.cpu_attention import cpu_attention
@@ -138,7 +139,7 @@ class TorchRuntime:
         loss = self.mean(loss)
         if self._scaler.is_enabled():
             # The scaler looks at the gradients alone: a loss that is not finite must show in one of them (0 · inf is NaN).
-            next(p.grad for p in model.parameters() if p.grad is not None and p.dim() < 2).add_(loss * 0)
+            held(next(p.grad for p in model.parameters() if p.grad is not None and p.dim() < 2)).add_(loss * 0)
             self._scaler.unscale_(optimizer)
         norm = self._clip(model, max_grad_norm)
         values = torch.stack([loss, norm])

@@ -26,12 +26,11 @@ from gpt2_xla.notes import note
 from gpt2_xla.runtime.process_mesh import process_mesh, sharding_note, world_size
 from gpt2_xla.runtime.rendezvous import wait_for_ever
 from gpt2_xla.runtime.stop_signals import StopRequest
-from gpt2_xla.runtime.torch_runtime import TorchRuntime, compiled
+from gpt2_xla.runtime.torch_runtime import DTYPES, TorchRuntime, compiled
 from gpt2_xla.shares import Share
 
 # Nothing is cast on the way into a module: the residual stream stays what it is.
 FLOAT32 = MixedPrecisionPolicy(cast_forward_inputs=False)
-BFLOAT16 = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def open_torch_runtime(config: TorchConfig, stop: StopRequest | None = None) -> TorchRuntime:
@@ -85,11 +84,13 @@ class ShardedRuntime(TorchRuntime):
                 dist.broadcast(parameter.detach(), 0)
 
     def _cut(self, block: nn.Module, keep: bool) -> None:
-        policy = BFLOAT16 if self.config.mixed_precision == "bf16" else FLOAT32
+        policy = FLOAT32
+        if dtype := DTYPES.get(self.config.mixed_precision):
+            policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         if self.config.compile:
             # Not the whole model: it would be compiled in pieces anyway, between one block's weights and the next one's.
             block.forward = compiled(block.forward)
-        elif policy is BFLOAT16:
+        elif policy is not FLOAT32:
             norms: list[nn.Module] = [
                 module for module in block.modules() if isinstance(module, nn.LayerNorm | RMSNorm)
             ]
