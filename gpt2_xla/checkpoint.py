@@ -10,7 +10,6 @@ step-00001000/
 """
 
 import dataclasses
-import math
 import platform
 import re
 import sys
@@ -242,8 +241,8 @@ def read_state(path: Path) -> TrainerState:
             mistakes.append(f"{path / STATE}: {name!r} is {str(value)[:40]!r}; expected {kinds[0].__name__}")
         elif name in ("step", "samples") and not 0 <= value < 2**62:
             mistakes.append(f"{path / STATE}: {name!r} is {str(value)[:40]}; expected 0 or more, below 2^62")
-        elif isinstance(value, float) and not math.isfinite(value):
-            mistakes.append(f"{path / STATE}: {name!r} is {value}; expected a number")
+        elif isinstance(value, int | float) and name not in ("step", "samples") and not is_number(value):
+            mistakes.append(f"{path / STATE}: {name!r} is {str(value)[:40]}; expected a number")
         elif name == "recent_losses" and not all(map(is_number, value)):
             mistakes.append(f"{path / STATE}: {name!r} is {str(value)[:40]}; expected numbers")
         elif name == "open_window" and not is_open_window(value):

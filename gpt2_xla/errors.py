@@ -80,9 +80,10 @@ def run_main(main: Callable[[], int | None]) -> int:
 def _let_the_first_tell() -> None:
     """Wait, where torchrun started this process beside a first one: that likely makes the same mistake, and torchrun ends this one.
 
-    Else each of a host's processes would print it. One that only this process makes is told after the wait: as long as the
-    process has lived, as the first one may come to the mistake that much later where many share few cores.
+    Else each of a host's processes would print it. One that only this process makes is told after the wait: a while
+    after the start that is as long as the process has lived, for the first one may come to the mistake that much later.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         with contextlib.suppress(KeyboardInterrupt):
-            time.sleep(min(max(LEAST_PATIENCE, time.monotonic() - BEGAN), MOST_PATIENCE))
+            lived = time.monotonic() - BEGAN
+            time.sleep(lived if LEAST_PATIENCE < lived < MOST_PATIENCE else LEAST_PATIENCE)

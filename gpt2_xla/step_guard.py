@@ -31,6 +31,7 @@ class StepGuard:
     def __init__(self, run: "Run", log: TrainingLog, watch: CompileWatch) -> None:
         self._run, self._log, self._watch = run, log, watch
         self._rollbacks: Counter[int] = Counter()  # by the step gone back to
+        self._began = run.step  # of this course; steps before it may have had other batches than this configuration's
         self._bad_steps = range(0)
         self._bad_samples = 0  # where the first of the bad steps began
         self.verdict: str | None = None
@@ -73,10 +74,12 @@ class StepGuard:
         )
 
     def _note_bad_steps(self, window: Window) -> None:
-        limit = self._run.config.run.max_skipped_steps
-        self._bad_steps = range(window.step - limit + 1, window.step + 1)
-        sizes = self._run.config.batch_sizes
-        self._bad_samples = window.samples - (sizes.before(window.step) - sizes.before(window.step - limit))
+        run, limit = self._run, self._run.config.run.max_skipped_steps
+        before = max(window.step - limit, self._began)
+        self._bad_steps = range(before + 1, window.step + 1)
+        sizes = run.config.batch_sizes
+        self._bad_samples = window.samples - (sizes.before(window.step) - sizes.before(before))
+        run.open_window = run.open_window.forgiven()
         first = window.step - window.skipped_in_a_row + 1
         self.verdict = (
             f"the loss or the gradients of steps {first} to {window.step} were not finite, and --max-skipped-steps "
@@ -111,6 +114,7 @@ class StepGuard:
         run.ledger.rollback(step, window.samples, {"spike_step": window.step, "loss": window.loss})
         restore(run, folder / f"step-{step:08d}")
         skipped, run.samples = window.samples - run.samples, window.samples
+        self._began = run.step
         self._log.restart(run.open_window)
         self._watch.worked("going back", step)
         run.metrics.write(

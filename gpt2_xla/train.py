@@ -199,7 +199,7 @@ def train(run: Run) -> None:
     finally:
         batches.close()
         profile.close()
-    run.open_window = log.pause()
+    run.open_window = log.pause() if guard.verdict is None else log.pause().forgiven()
     if stopped and guard.verdict is None:
         guard.rolled_back(run.step)  # the last window too: what spiked shall not be saved as good
     run.metrics.say(f"trained on {epochs_text(run.data.train.epochs(run.samples))}")

@@ -68,6 +68,7 @@ class TrainingLog:
         sums = [begun.loss, begun.grad_norm, begun.skipped]
         self._sums = torch.tensor(sums).to(self._runtime.device)
         self._skipped_in_a_row = torch.tensor([begun.skipped_in_a_row]).to(self._runtime.device)
+        self._report = self._zero  # both, after the last step; what it is now nobody reads
         self._steps, self._timed = begun.steps, 0  # of the window; those of them that this process has made
         self._input_wait = 0.0  # seconds
         self._pending: _Pending | None = None

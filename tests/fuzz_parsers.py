@@ -137,6 +137,7 @@ SEEDS: dict[str, bytes] = {
     "state": json.dumps(
         {
             "step": 3, "samples": 24, "valid_loss": 1.5, "best_valid_loss": None, "scaler": {"scale": 1.0},
+            "recent_losses": [2.5], "open_window": {"steps": 2, "loss": 5.0, "skipped": 0.0, "skipped_in_a_row": 1.0},
             "config": {"model": {"d_model": 8, "d_ff": None}, "data": {"train_dir": ["a"]}, "run": {"seed": 1},
                        "optim": {"betas": [0.9, 0.95], "learning_rate": 1e-3}},
         }

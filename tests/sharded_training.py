@@ -13,11 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed.device_mesh import init_device_mesh
 
 from gpt2_xla import checkpoint, checkpoint_parts, loading, optim
 from gpt2_xla.config import ModelConfig, OptimConfig, PretrainConfig, TorchConfig, to_dict
 from gpt2_xla.held_blocks import held
 from gpt2_xla.model import build_model
+from gpt2_xla.runtime.process_mesh import process_mesh
 
 STEPS = 6
 EVEN = dict(vocab_size=64, seq_length=16, d_model=32, num_layers=2, num_heads=4)
@@ -36,6 +38,11 @@ CASES = {
     "bf16": (EVEN, {"mixed_precision": "bf16", "activation_checkpointing": "block"}, {}),
     "fp16": (EVEN, {"mixed_precision": "fp16"}, {}),
     "fp8": (EVEN, {"mixed_precision": "fp8", "activation_checkpointing": "block"}, {}),
+    "fp16, two copies": (  # the last: from then on the processes stand like that
+        UNEVEN,
+        {"mixed_precision": "fp16", "sharding": "hsdp", "mesh": "data=2,fsdp=2"},
+        {"max_grad_norm": 0.1},
+    ),
 }
 POSSIBLE = [case for case in CASES if case != "fp8" or importlib.util.find_spec("torchao")]
 
@@ -53,6 +60,9 @@ class Training:
         self.runtime, self.config = runtime, configs(case)[2]
         runtime.config = replace(configs(case)[1], compile=configs(case)[1].compile and runtime.world_size > 1)
         runtime._scaler = GradScaler("cpu", enabled=runtime.config.mixed_precision == "fp16")
+        if runtime.config.sharding == "hsdp" and runtime.world_size > 1:
+            runtime.shape, runtime.writers = process_mesh(runtime.config), 2
+            runtime._mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "fsdp"))
         self.model = build_model(configs(case)[0], 48, seed=1)
         self.forward = runtime.place(self.model)
         self.optimizer = runtime.build_optimizer(self.model, self.config)
@@ -123,10 +133,10 @@ def main(folder):
     runtime = torch_sharding.open_torch_runtime(configs("uneven")[1])
     assert runtime.writers == runtime.world_size == 4
     found = {}
-    for number, case in enumerate(POSSIBLE):
+    for case in POSSIBLE:
         training = Training(case, runtime)
         steps = [training.step() for _ in range(STEPS)]
-        path = folder / str(number) / f"step-{STEPS:08d}"
+        path = folder / case / f"step-{STEPS:08d}"
         save(training, path)
         bytes_held = [
             sum(block.numel() * block.element_size() for block in map(held, named.values()) if block.dim())

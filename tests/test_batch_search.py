@@ -127,7 +127,7 @@ SIZES = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 40)), min_size=1, 
 
 
 @given(st.integers(1, 12), SIZES, st.integers(1, 4), st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_micro_batch_makes_the_batches_of_every_step_and_none_is_missing(
     micro_batch, stages, processes, scheduled
 ):
@@ -156,7 +156,7 @@ def test_every_micro_batch_makes_the_batches_of_every_step_and_none_is_missing(
 
 
 @given(st.integers(1, 60), st.integers(0, 61))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_search_finds_the_largest_and_asks_little(count, fitting):
     asked = []
 

@@ -47,7 +47,7 @@ def sizes_of(stages, micro_batch):
 
 
 @given(STAGES, st.integers(1, 7))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_step_is_what_counting_by_hand_says(stages, micro_batch):
     sizes, by_step = sizes_of(stages, micro_batch)
     sums = [0, *itertools.accumulate(micro_batch * count for count in by_step)]
@@ -61,7 +61,7 @@ def test_every_step_is_what_counting_by_hand_says(stages, micro_batch):
 
 
 @given(STAGES, st.integers(0, 79), st.integers(0, 79))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_spans_are_the_steps_asked_for(stages, first, end):
     sizes, by_step = sizes_of(stages, 1)
     spans = list(sizes.spans(first, end))

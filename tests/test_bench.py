@@ -173,7 +173,7 @@ def test_a_command_tells_all_loops_side_by_side_and_why_one_did_not_run():
         assert number(row["peak memory"]) > 100
         assert number(row["loss"]) == pytest.approx(math.log(32), abs=0.2)
     for name in ("bare, eager, float32", "bare, eager, bf16"):
-        assert number(rows[name]["ours is faster"]) >= 0
+        assert number(rows[name]["ours is faster"]) >= 0  # that it is told; how fast is what a busy machine decides
         memory = number(rows["ours"]["peak memory"]) / number(rows[name]["peak memory"])
         assert number(rows[name]["ours needs"]) == pytest.approx(memory, abs=0.01)
     assert list(breakdown) == [*PARTS, "other", "a step under the profiler", "a step without it"]

@@ -245,14 +245,14 @@ def configurations(draw):
 
 
 @given(configurations())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_configuration_survives_json(drawn):
     config, _ = drawn
     assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
 
 
 @given(configurations())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_configuration_can_be_written_as_flags(drawn):
     config, changed = drawn
     tokens = []

@@ -207,7 +207,7 @@ def test_an_exported_tokenizer_gives_the_same_ids_for_every_text(exported_tokeni
     assert theirs("a<|endoftext|>")["input_ids"][-1] == ours.end_of_text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(max_size=60))
 def test_any_text_at_all_is_encoded_alike(exported_tokenizers, text):
     text = text.encode(errors="replace").decode()

@@ -117,6 +117,8 @@ def test_more_processes_than_devices_is_one_sentence(tmp_path, text_data):
         (["--mixed-precision", "no"], 1e-4),
         (["--mixed-precision", "bf16", "--activation-checkpointing", "block"], 3e-2),
         (["--mixed-precision", "bf16", "--compile"], 3e-2),
+        (["--mixed-precision", "fp16"], 1e-2),
+        pytest.param(["--mixed-precision", "fp8", "--compile"], 5e-2, marks=needs_float8),
     ],
 )
 def test_a_model_cut_up_over_two_devices_agrees_with_float32_on_the_cpu(

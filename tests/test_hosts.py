@@ -64,13 +64,12 @@ def final_bytes(run_dir, step=60):
 
 def test_a_host_that_died_comes_back_and_the_run_ends_as_if_nothing_had_been(hosts, tmp_path, text_data):
     run(*torchrun(2), *flags(text_data, tmp_path / "whole"))
-    pause = {
-        "PAUSE_AT": "30",
-        "PAUSE_UNTIL": str(tmp_path / "gone"),
-    }  # so that the run does not end before its host does
+    # So that the run does not end before its host does.
+    pause = {"PAUSE_AT": "30", "PAUSE_UNTIL": str(tmp_path / "gone")}
     folder = tmp_path / "run"
     one, other = (host.torchrun(PAUSING, *flags(text_data, folder), **pause) for host in hosts)
     wait_for_step(one, folder, 29)
+    wait_until(one, (folder / "step-00000020").is_dir)
     power_off(other)
     (tmp_path / "gone").touch()
     again = hosts[1].torchrun(ROOT / "run_pretrain.py", *flags(text_data, folder))

@@ -51,7 +51,7 @@ def config(tmp_path: Path, **options) -> InspectConfig:
 
 
 @given(st.lists(st.lists(st.integers(0, 5), max_size=9), max_size=8), st.integers(1, 20), st.integers(1, 9))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_statistics_equal_counting_in_any_pieces(
     tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], piece: int, shard_size: int
 ) -> None:

@@ -46,7 +46,7 @@ def keys(seed: int) -> np.ndarray:
 
 
 @given(st.one_of(st.integers(1, 70), st.integers(1, 5000)), st.integers(0, 2**64))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_permutation_is_a_bijection(size: int, seed: int) -> None:
     order = permute(np.arange(size), size, keys(seed))
     assert np.array_equal(np.sort(order), np.arange(size))
@@ -75,7 +75,7 @@ def test_permutation_looks_random_at_scale() -> None:
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4), seq_length=st.integers(1, 12), seed=st.integers(0, 99)
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_an_epoch_reads_each_of_its_windows_once(
     tmp_path_factory: TEMPORARY, lengths: list[int], seq_length: int, seed: int
 ) -> None:
@@ -128,7 +128,7 @@ def test_unshuffled_reads_in_order(tmp_path: Path) -> None:
 
 
 @given(st.sampled_from([1, 2, 4]), st.sampled_from([(2, 4), (1, 8), (8, 1 * 4), (4, 4)]), st.booleans())
-@settings(max_examples=24, deadline=None)
+@settings(max_examples=24)
 def test_global_order_is_the_same_for_every_world_size_and_split(
     tmp_path_factory: TEMPORARY, world_size: int, split: tuple[int, int], shuffle: bool
 ) -> None:
@@ -156,7 +156,7 @@ def test_global_order_is_the_same_for_every_world_size_and_split(
 
 
 @given(st.integers(0, 200))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_seek_is_skip(tmp_path_factory: TEMPORARY, skipped: int) -> None:
     windows = make_windows(tmp_path_factory.mktemp("w"), [200], 5)
     whole = batches(windows, steps=skipped + 2)
@@ -176,7 +176,7 @@ def test_seek_far_is_quick(tmp_path: Path) -> None:
     world_size=st.sampled_from([1, 2, 4]),
     steps=st.one_of(st.none(), st.integers(0, 9)),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_evaluation_predicts_every_token_once(
     tmp_path_factory: TEMPORARY,
     lengths: list[int],
@@ -268,7 +268,7 @@ def test_a_shard_that_shrinks_or_goes_while_training_is_named(tmp_path: Path) ->
     open_files=st.integers(1, 9),
     data=st.data(),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_gathering_equals_reading_one_by_one(
     tmp_path_factory: TEMPORARY, lengths: list[int], length: int, open_files: int, data: st.DataObject
 ) -> None:

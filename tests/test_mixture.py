@@ -34,7 +34,7 @@ WEIGHTS = st.lists(
 
 
 @given(WEIGHTS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_source_stays_within_one_sample_of_its_share(weights: list[Fraction]) -> None:
     mixture = Mixture(weights)
     seen = 3 * mixture.period if mixture.period < 20_000 else 30_000
@@ -50,7 +50,7 @@ def test_every_source_stays_within_one_sample_of_its_share(weights: list[Fractio
 
 
 @given(WEIGHTS, st.integers(0, 10**12))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_counts_and_numbers_are_those_of_counting(weights: list[Fraction], start: int) -> None:
     mixture = Mixture(weights)
     before = mixture.counts(start)

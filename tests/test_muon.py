@@ -49,7 +49,7 @@ def build(options=OPTIONS, **config):
 
 
 @given(st.integers(1, 20), st.integers(0, 30), st.integers(1, 4), st.floats(-6, 6), st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_orthogonalized_is_a_function_of_the_singular_values(rows, wider, count, exponent, seed):
     matrices = torch.randn(count, rows, rows + wider, generator=torch.Generator().manual_seed(seed)) * 10**exponent
     for found, matrix in zip(muon.orthogonalized(matrices), matrices, strict=True):

@@ -93,7 +93,7 @@ def test_a_checkpoint_cut_into_several_files_is_the_same(tmp_path, gpt2_folder):
         pretrained.find(str(tmp_path / "cut"))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     padding=st.integers(0, 70),
     chunk=st.sampled_from([0, 5, 64]),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2_xla.sampling import (
@@ -27,7 +27,6 @@ def kept(logits: torch.Tensor) -> set[int]:
 
 
 @given(LOGITS, st.integers(0, 30))
-@settings(deadline=None)
 def test_top_k_keeps_the_k_largest_and_their_equals(values, k):
     threshold = sorted(values, reverse=True)[min(k, len(values)) - 1] if k else -math.inf
     filtered = keep_top_k(torch.tensor(values), k)
@@ -36,7 +35,6 @@ def test_top_k_keeps_the_k_largest_and_their_equals(values, k):
 
 
 @given(LOGITS, st.floats(0, 1.0))
-@settings(deadline=None)
 def test_top_p_keeps_the_fewest_tokens_that_reach_p(values, p):
     weights = [math.exp(v - max(values)) for v in values]
     order = sorted(range(len(values)), key=lambda i: (-values[i], i))
@@ -63,7 +61,6 @@ def test_top_p_keeps_the_token_that_crosses_the_threshold():
 
 
 @given(LOGITS, st.floats(0, 1))
-@settings(deadline=None)
 def test_min_p_keeps_what_is_at_least_p_times_as_likely_as_the_most_likely(values, p):
     ratios = [math.exp(v - max(values)) for v in values]
     if any(abs(ratio - p) < 1e-6 * p for ratio in ratios if ratio < 1):
@@ -78,7 +75,6 @@ def test_min_p_of_0_keeps_all_and_of_1_the_most_likely():
 
 
 @given(LOGITS, st.sets(st.integers(0, 19)), st.floats(0.1, 5))
-@settings(deadline=None)
 def test_a_repetition_penalty_is_that_of_ctrl(values, tokens, penalty):
     seen = torch.tensor([i in tokens for i in range(len(values))])
     expected = [(v / penalty if v > 0 else v * penalty) if i in tokens else v for i, v in enumerate(values)]
@@ -119,7 +115,6 @@ def noise(seed: int, rows: int, size: int) -> torch.Tensor:
 
 
 @given(LOGITS, st.floats(0.01, 5), st.integers(0, 25), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**32))
-@settings(deadline=None)
 def test_a_choice_is_the_largest_noisy_logit_that_every_filter_allows(values, temperature, k, top_p, min_p, seed):
     sampling = Sampling(temperature=temperature, top_k=k, top_p=top_p, min_p=min_p)
     shifted = (torch.tensor(values) - max(values)) / temperature

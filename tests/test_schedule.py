@@ -122,7 +122,7 @@ METHODS = st.sampled_from(["cosine", "linear", "noam", "wsd", "wsd-sqrt"])
 
 
 @given(METHODS, st.integers(0, 60), st.integers(100, 400), st.floats(0, 1), st.none() | st.integers(1, 40))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_rates_rise_to_the_peak_then_only_fall_and_never_jump(method, warmup, steps, share, decay_steps):
     if method in ("cosine", "linear") and decay_steps is not None:
         decay_steps += warmup
@@ -145,7 +145,7 @@ def test_rates_rise_to_the_peak_then_only_fall_and_never_jump(method, warmup, st
 
 
 @given(METHODS, st.randoms(use_true_random=False))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_step_has_one_rate_whatever_was_asked_before(method, order: random.Random):
     config = optim(method, warmup=20, min_lr=6e-5)
     expected = rates(config, 100, 120)

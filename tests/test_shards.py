@@ -47,7 +47,7 @@ def test_dtype_follows_the_vocabulary() -> None:
 
 
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=6), st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_stream_is_the_concatenation(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], data: st.DataObject
 ) -> None:
@@ -210,7 +210,7 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_bytes_make_the_header_reader_crash(tmp_path_factory: pytest.TempPathFactory, junk: bytes) -> None:
     path = tmp_path_factory.mktemp("junk") / "a.npy"
     path.write_bytes(b"\x93NUMPY\x01\x00" + junk)

@@ -11,7 +11,7 @@ import torch
 from commands import QUICK_XLA, TINY, finish, records, run, start, torchrun, xla_replicas
 from conftest import write_split
 from flaky_store import FlakyStore
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from small_runs import run_here
@@ -92,7 +92,6 @@ def test_a_window_is_the_mean_of_its_good_steps_and_counts_the_others():
     interval=st.integers(1, 5),
     stops=st.sets(st.integers(1, 12)),
 )
-@settings(deadline=None)
 def test_a_log_that_goes_on_from_a_checkpoint_tells_what_one_that_never_stopped_does(steps, interval, stops):
     config = PretrainConfig(run=RunConfig(train_steps=len(steps)), logging=LoggingConfig(log_interval=interval))
     runtime = TorchRuntime(TorchConfig(device="cpu", mixed_precision="no"))
@@ -141,6 +140,29 @@ def test_after_so_many_skipped_steps_the_run_saves_shows_the_batches_and_stops(t
     shown = describe_bad_batch(files[0])
     assert "step 2: 8 sequences of 32 tokens, samples 8 to 15" in shown
     assert repr(bytes(tokens[0][:20].astype(np.uint8)).decode())[1:-1] in shown
+
+
+def test_the_count_of_skipped_steps_goes_on_over_a_resume_and_begins_anew_when_it_ended_the_run(
+    train, text_data, tmp_path
+):
+    flags = [*TINY, "--train-dir", text_data / "train", "--warmup-steps", "0", "--learning-rate", "1e38"]
+    flags += ["--max-skipped-steps", "6", "--log-interval", "2"]
+    assert train(*flags, "--train-steps", "5")[0] == 0
+    status, printed = train(*flags, "--train-steps", "50", "--train-batch-size", "16")
+    assert status == 2
+    assert "the loss or the gradients of steps 2 to 8 were not finite" in printed
+    folder = tmp_path / "run"
+    # Those of the steps that this command made: steps 2 to 5 had batches of another size.
+    files = sorted(folder.glob("bad_batch-*"))
+    assert [file.name for file in files] == [f"bad_batch-{step:08d}.safetensors" for step in (6, 7, 8)]
+    read = {line["step"]: (line["first"], line["count"]) for line in lines_of(folder / "batches.jsonl", "batch")}
+    for step, file in zip((6, 7, 8), files, strict=True):
+        first, count = read[step]
+        with safe_open(file, "numpy") as batch:
+            assert batch.get_tensor("sample").tolist() == list(range(first, first + count))
+    for saved, in_a_row in ((5, 4), (9, 0)):
+        state = checkpoint.read_state(folder / f"step-{saved:08d}")
+        assert state.open_window["skipped_in_a_row"] == in_a_row
 
 
 def test_without_a_limit_skipped_steps_never_stop_a_run(train, text_data, tmp_path):

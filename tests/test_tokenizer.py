@@ -70,7 +70,7 @@ def test_ids_beyond_the_vocabulary_decode_to_something(tokenizer: Tokenizer) -> 
 
 
 @given(ANY_TEXT)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_bytes_are_utf8(text: str) -> None:
     clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     assert ByteTokenizer().encode(text) == list(clean.encode())
@@ -78,7 +78,7 @@ def test_bytes_are_utf8(text: str) -> None:
 
 
 @given(ANY_TEXT, st.integers(1, 5))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_long_texts_are_encoded_in_parts_that_split_no_pair(text: str, size: int) -> None:
     pairs = text + "\ud83c\ud83c\udf89" * 3
     with pytest.MonkeyPatch.context() as patch:

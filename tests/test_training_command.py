@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from commands import TINY, data_flags
 from conftest import write_split
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from small_runs import FOUR_STEPS, run_here
 
@@ -37,7 +37,6 @@ def config_of(flags: list[str]) -> TorchPretrainConfig:
 
 
 @given(st.integers(1, 12).flatmap(lambda digits: st.integers(10 ** (digits - 1), 10**digits)))
-@settings(deadline=None)
 def test_the_steps_fit_the_data_whatever_its_size(tokens):
     command = training_command(Path("data/own"), {"train": split_of(tokens)})
     if command is None:

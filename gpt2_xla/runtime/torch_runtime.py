@@ -140,7 +140,7 @@ class TorchRuntime:
         if self._scaler.is_enabled():
             # The scaler looks at the gradients alone: a loss that is not finite must show in one of them (0 · inf is NaN).
             held(next(p.grad for p in model.parameters() if p.grad is not None and p.dim() < 2)).add_(loss * 0)
-            self._scaler.unscale_(optimizer)
+            self._unscale(optimizer)
         norm = self._clip(model, max_grad_norm)
         values = torch.stack([loss, norm])
         if self._scaler.is_enabled():
@@ -150,6 +150,9 @@ class TorchRuntime:
             optimizers.take_step(optimizer, optimizers.not_finite(values), _step_unless)
         optimizer.zero_grad(set_to_none=True)
         return values
+
+    def _unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        self._scaler.unscale_(optimizer)
 
     def _clip(self, model: nn.Module, max_norm: float) -> Tensor:
         return clip_gradients(model, max_norm)
