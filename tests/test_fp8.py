@@ -232,11 +232,7 @@ def test_a_gpu_needs_float8_units_and_the_program_torchao(monkeypatch, capabilit
             "--d-model 48 --num-kv-heads 1",
             ["queries, keys and values together are 56 wide; use another --num-kv-heads or --num-heads"],
         ),
-        (
-            TorchPretrainConfig,
-            "--sharding fsdp",
-            ["fp8 is not supported with --sharding fsdp; use --mixed-precision bf16"],
-        ),
+        (TorchPretrainConfig, "--sharding fsdp", []),
         (XlaPretrainConfig, "", ["fp8 is not supported on XLA devices; use --mixed-precision bf16 or no"]),
     ],
 )
