@@ -24,16 +24,7 @@ CHAOS = (*PYTHON, str(ROOT / "scripts" / "chaos.py"))
 def test_ten_trials_or_as_many_as_a_minute_takes(tmp_path):
     output = run(
         *CHAOS,
-        "--trials",
-        "10",
-        "--seed",
-        "20",
-        "--minutes",
-        "0.7",
-        "--trial-seconds",
-        "700",
-        "--json",
-        "--folder",
+        *["--trials", "10", "--seed", "20", "--minutes", "0.7", "--trial-seconds", "700", "--json", "--folder"],
         tmp_path,
         timeout=800,
     )

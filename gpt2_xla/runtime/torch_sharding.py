@@ -1,8 +1,8 @@
 """The model cut up over torchrun's processes: FSDP2 (`fully_shard`), --sharding fsdp and hsdp.
 
 Each process holds a part of every weight, in float32, and the optimizer's state of that part. A block's weights are put
-together just before the block needs them, in half precision where its matmuls take that, and let go of after it. Gradients are averaged
-in float32, and each process keeps those of its part.
+together just before the block needs them, in half precision where its matmuls take that, and let go of after it.
+Gradients are averaged in float32, and each process keeps those of its part.
 """
 
 import contextlib
